@@ -1,0 +1,37 @@
+# Two commands do it all: `make train` and `make test`. Both set up .venv first; they need Python 3.11 and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+UV_VERSION := 0.13.9
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD := $(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu)
+LOCK := requirements/$(BUILD).lock
+
+.PHONY: train test test-long setup lock clean
+
+train: setup
+	$(BIN)/videoseg train
+
+test: setup
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: setup
+	$(BIN)/python -m pytest -m long --timeout 14400 -s
+
+setup: $(VENV)/.ready-$(BUILD)
+
+$(VENV)/.ready-$(BUILD): $(LOCK) setup.cfg
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r $(LOCK)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	touch $@
+
+# The lock files: exact versions, no host names. Run after a change of requirements/*.in.
+lock: setup
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
+		--override requirements/cpu-overrides.txt requirements/cpu.in -o requirements/cpu.lock
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
+		requirements/gpu.in -o requirements/gpu.lock
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,174 @@
+"""The command `videoseg`: parses the command line, reads and checks the configuration, starts what was asked for.
+
+Exit status: 0 done, 2 for an error that the person can mend (one message), 1 for any other (with its traceback), 130 after
+Ctrl-C. Everything heavy is imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster import __version__
+from cluster.errors import UserError, user_error
+
+DEFAULT_RECIPE = "debug"
+_SETTINGS_HELP = """\
+CONFIG is a YAML file or the name of a recipe that comes with the project (debug, videoseg_r1_7b, ...).
+key=value changes one setting, with dots between sections: learner.lr=1e-6. `videoseg config` lists all keys."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    try:
+        options = _parser().parse_args(arguments)
+        options.command(options)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # the reader (head, less) has left; Python would complain again while it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        known = user_error(error)
+        if known is None:
+            traceback.print_exc()
+            return 1
+        message, remedy = known
+        print(f"error: {message}", file=sys.stderr)
+        if remedy:
+            print(f"remedy: {remedy}", file=sys.stderr)
+        return 2
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train a policy; with no arguments the debug recipe."""
+    from cluster import config, config_files, config_resolve, run_folder
+
+    recipe, overrides = _recipe_and_overrides(options)
+    hardware = config_resolve.detect_hardware()
+    settings = config_resolve.resolve(config.load(recipe, overrides), hardware)
+    config_resolve.check_hardware(settings, hardware)
+    folder = run_folder.plan(settings.run.dir, settings.run.name, settings.run.recipe)
+    config_files.make_missing_data(settings)
+    config_files.locate(settings)
+    from cluster import trainer
+
+    trainer.train(settings, folder)
+
+
+def resume(options: argparse.Namespace) -> None:
+    """Go on with a run from its last checkpoint."""
+    from cluster import checkpoints, config, config_files, config_resolve, run_folder
+
+    folder = run_folder.find(options.run)
+    settings, changed = config.load_for_resume(folder.config, options.overrides)
+    hardware = config_resolve.detect_hardware()
+    settings = config_resolve.resolve(settings, hardware)
+    config_resolve.check_hardware(settings, hardware)
+    config_files.locate(settings)
+    checkpoints.latest(folder.checkpoints, hashes=False)
+    folder.update(settings, changed, hardware)
+    from cluster import trainer
+
+    trainer.train(settings, folder, resume=True)
+
+
+def show_config(options: argparse.Namespace) -> None:
+    """Print the configuration as it would run here, every key with its meaning."""
+    from dataclasses import replace
+
+    from cluster import config, config_dump, config_files, config_resolve, config_rules
+
+    recipe, overrides = _recipe_and_overrides(options)
+    settings = config.load(recipe, overrides)
+    hardware = config_resolve.detect_hardware()
+    if options.gpus is not None:
+        hardware = replace(hardware, cuda_devices=options.gpus, cuda_memory_gib=80.0, cuda_capability=9.0)
+    notes: list[object] = list(config_files.file_problems(settings))
+    if not options.unresolved:
+        settings = config_resolve.resolve(settings, hardware)
+        notes += config_rules.hardware_problems(settings, hardware, None if options.gpus is not None else config_resolve.installed_build())
+    print(config_dump.dump_yaml(settings, comments=not options.plain, title=f"{recipe}, fingerprint {config_dump.fingerprint(settings)}"), end="")
+    for note in notes:
+        print(f"note: `videoseg train` would refuse: {note}", file=sys.stderr)
+
+
+def toy_data(options: argparse.Namespace) -> None:
+    """Generate the toy world's videos and episodes."""
+    out = Path(options.out)
+    if out.exists():
+        raise UserError(f"there is already something at {out}", "give a folder that does not exist yet")
+    from rollout.toy_data import ToyDataConfig, write_toy_data
+
+    write_toy_data(out, ToyDataConfig(seed=options.seed))
+    print(f"toy world written to {out}: train on {out}/train, validate on {out}/valid_u, test on {out}/valid")
+
+
+def _recipe_and_overrides(options: argparse.Namespace) -> tuple[str, list[str]]:
+    """CONFIG may be left out, so the first argument is an override if it has an equals sign."""
+    given = list(options.settings)
+    recipe = given.pop(0) if given and "=" not in given[0] else DEFAULT_RECIPE
+    stray = [g for g in given if "=" not in g]
+    if stray:
+        raise UserError(f"'{stray[0]}' is not a setting", "give one CONFIG, then key=value settings without spaces round the equals sign")
+    return recipe, given
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="videoseg",
+        description="Reinforcement learning for reasoning video object segmentation.",
+        epilog="example: videoseg train            (the debug recipe, on whatever this machine has)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"videoseg {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    command = _add(commands, "train", train, "videoseg train configs/debug.yaml loop.steps=10 run.name=short", _SETTINGS_HELP)
+    _add_settings(command)
+
+    rule = "Settings that would change what was trained so far are refused."
+    command = _add(commands, "resume", resume, "videoseg resume runs/latest loop.steps=80", rule)
+    command.add_argument("run", metavar="RUN", help="run folder, or its name below runs/ (also: latest)")
+    command.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change, for example loop.steps")
+
+    command = _add(commands, "config", show_config, "videoseg config videoseg_r1_7b learner.zero_stage=2", _SETTINGS_HELP)
+    _add_settings(command)
+    command.add_argument("--plain", action="store_true", help="without the comments")
+    command.add_argument("--gpus", type=int, metavar="N", help="as if this machine had N GPUs of 80 GB")
+    command.add_argument("--unresolved", action="store_true", help="leave `auto` as it is instead of filling it in for this machine")
+
+    data = commands.add_parser("data", help="Make or import episodes.", description="Make or import episodes.")
+    kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = _add(kinds, "toy", toy_data, "videoseg data toy data/toy", "Writes Parquet episodes and JPEG frames for train, validation and test.")
+    command.add_argument("out", metavar="OUT", help="folder to make")
+    command.add_argument("--seed", type=int, default=0, help="seed of the world (default 0)")
+    return parser
+
+
+def _add(commands: Any, name: str, function: Any, example: str, more: str = "") -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=function.__doc__,
+        description=function.__doc__,
+        epilog=f"{more}\n\nexample: {example}".strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(command=function)
+    return command
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument("settings", metavar="[CONFIG] key=value", nargs="*", help=f"recipe (default: {DEFAULT_RECIPE}) and changes to it")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

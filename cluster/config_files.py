@@ -1,0 +1,77 @@
+"""The models and data that a configuration names: found before anything starts, or generated where the configuration says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from cluster import paths
+from cluster.config import RunConfig
+from cluster.errors import MissingFileError
+
+
+def make_missing_data(config: RunConfig, progress: Callable[[str], None] = print) -> None:
+    """Generate the toy world if `data.generate` asks for it and `data.train` is not there.
+
+    Raises MissingFileError for what cannot be generated first: nothing is made for a run that cannot start.
+    """
+    _raise(file_problems(config))
+    if not _will_generate(config):
+        return
+    out = paths.place_for(config.data.train).parent
+    if out.exists():
+        raise MissingFileError(f"data.train = '{config.data.train}' is not there, but {out} is", f"delete {out} to have it generated again")
+    from rollout.toy_data import write_toy_data
+
+    progress(f"generating the toy world in {out} (once)")
+    write_toy_data(out, progress=progress)
+
+
+def locate(config: RunConfig) -> RunConfig:
+    """A copy whose paths are what to load: existing files and folders, or hub ids.
+
+    Raises MissingFileError that lists everything missing. The run folder keeps the paths as given.
+    """
+    found, problems = _look(config)
+    _raise(problems)
+    return replace(
+        config,
+        policy=replace(config.policy, path=found["policy.path"]),
+        segmentation=replace(config.segmentation, checkpoint=found["segmentation.checkpoint"]),
+        data=replace(config.data, train=found["data.train"], evaluation=found["data.evaluation"]),
+    )
+
+
+def file_problems(config: RunConfig) -> list[MissingFileError]:
+    """An error for each model and data set that is missing and will not be generated."""
+    generated = _will_generate(config)
+    return [p for p in _look(config)[1] if not (generated and p.message.startswith("data."))]
+
+
+def _raise(problems: list[MissingFileError]) -> None:
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        listed = "".join(f"\n  {p}" for p in problems)
+        raise MissingFileError(f"these are missing:{listed}", "; ".join(p.remedy for p in problems))
+
+
+def _will_generate(config: RunConfig) -> bool:
+    return config.data.generate == "toy" and paths.local_path(config.data.train) is None
+
+
+def _look(config: RunConfig) -> tuple[dict[str, str], list[MissingFileError]]:
+    """Setting -> what to load for it, and an error for each that is missing."""
+    wanted = [
+        ("policy.path", config.policy.path, True),
+        ("segmentation.checkpoint", config.segmentation.checkpoint, True),
+        ("data.train", config.data.train, False),
+        ("data.evaluation", config.data.evaluation, False),
+    ]
+    found, problems = {}, []
+    for key, given, allow_hub in wanted:
+        try:
+            found[key] = paths.resolve_path(given, key, allow_hub)
+        except MissingFileError as error:
+            problems.append(error)
+    return found, problems

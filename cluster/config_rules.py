@@ -1,0 +1,204 @@
+"""Rules between settings: combinations that cannot work, what this machine cannot do, what may change when a run is resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+import learner.config
+from cluster.config_check import Problem, named_key
+
+if TYPE_CHECKING:
+    from cluster.config import RunConfig
+    from cluster.config_resolve import Hardware
+
+# Settings that do not change what is learned from the steps already made. A name ending in a dot stands for its section.
+_MAY_CHANGE = (
+    "loop.steps",
+    "loop.save_every",
+    "loop.keep_checkpoints",
+    "loop.grace_seconds",
+    "loop.score_seconds",
+    "loop.score_tries",
+    "loop.max_failure_rate",
+    "loop.mismatch_warn",
+    "loop.mismatch_stop",
+    "loop.log_masks_every",
+    "learner.collective_timeout_seconds",
+    "learner.logprob_chunk_tokens",
+    "learner.gradient_checkpointing",
+    "rollout.sync_timeout_seconds",
+    "rollout.gpu_memory_utilization",
+    "rollout.kv_cache_gb",
+    "rollout.max_sequences",
+    "rollout.log_level",
+    "segmentation.replicas",
+    "segmentation.gpus_per_replica",
+    "data.train",
+    "data.evaluation",
+    "run.dir",
+    "eval.",
+    "cluster.",
+)
+
+
+def combination_problems(config: RunConfig) -> list[Problem]:
+    """Settings that are valid alone but cannot work together."""
+    found: list[Problem] = []
+
+    def refuse(wrong: bool, key: str, message: str, remedy: str) -> None:
+        if wrong:
+            found.append(Problem(key, message, remedy))
+
+    rollout, learn, loop, prompt, data = config.rollout, config.learner, config.loop, config.prompt, config.data
+    size, groups = rollout.group_size, rollout.prompts_per_step
+    longest = prompt.max_tokens + rollout.max_response_tokens
+    compares = learn.advantage != "reinforce++"
+    refuse(
+        compares and size < 2,
+        "rollout.group_size",
+        f"{size} with learner.advantage={learn.advantage}: completions are compared within their group",
+        "use at least 2, or learner.advantage=reinforce++",
+    )
+    refuse(
+        loop.min_valid > size,
+        "loop.min_valid",
+        f"{loop.min_valid} is more than rollout.group_size={size}, so every group would be dropped",
+        "lower it",
+    )
+    refuse(
+        compares and loop.min_valid < 2 <= size,
+        "loop.min_valid",
+        f"{loop.min_valid} with learner.advantage={learn.advantage}: one completion cannot be compared",
+        "use at least 2",
+    )
+    refuse(
+        rollout.max_model_len < longest,
+        "rollout.max_model_len",
+        f"{rollout.max_model_len} is too small for prompt.max_tokens={prompt.max_tokens} + "
+        f"rollout.max_response_tokens={rollout.max_response_tokens}",
+        f"use at least {longest}, or lower one of them",
+    )
+    refuse(
+        learn.tokens_per_microbatch < longest,
+        "learner.tokens_per_microbatch",
+        f"{learn.tokens_per_microbatch} cannot hold one longest sequence (prompt.max_tokens + rollout.max_response_tokens = {longest})",
+        f"use at least {longest}",
+    )
+    refuse(
+        rollout.max_images < prompt.reference_frames + 1,
+        "rollout.max_images",
+        f"{rollout.max_images} is less than the images of a prompt (prompt.reference_frames={prompt.reference_frames} and the target frame)",
+        f"use {prompt.reference_frames + 1}",
+    )
+    refuse(
+        rollout.top_p < 1,
+        "rollout.top_p",
+        f"{rollout.top_p}: the learner cannot compute the log-probs of a cut distribution",
+        "use 1 for training",
+    )
+    for name in ("reference_size", "target_size"):
+        pixels = getattr(prompt, name)
+        refuse(
+            len(pixels) != 2 or min(pixels) < 1, f"prompt.{name}", f"{list(pixels)} is not a height and a width in pixels", "for example [448, 448]"
+        )
+    refuse(learn.minibatches > groups, "learner.minibatches", f"{learn.minibatches} is more than rollout.prompts_per_step={groups}", "lower it")
+    refuse(
+        learn.ranks > groups,
+        "learner.ranks",
+        f"{learn.ranks} ranks share the rollout.prompts_per_step={groups} groups of a step",
+        "use fewer ranks or more prompts",
+    )
+    refuse(
+        loop.deterministic and "bfloat16" in (config.policy.dtype, learn.dtype, config.segmentation.dtype),
+        "loop.deterministic",
+        "is promised for float32 only",
+        "set policy.dtype, learner.dtype and segmentation.dtype to float32 (or auto on a CPU), or loop.deterministic=false",
+    )
+    refuse(
+        config.reward.needs_video_masks,
+        "reward.weights.video_iou",
+        "needs masks propagated through the video, which training does not make yet",
+        "set it to 0, or use reward.weights.mask_iou",
+    )
+    if data.generate == "toy":
+        train, made = PurePath(data.train), PurePath(data.train).parent / "valid_u"
+        refuse(train.name != "train", "data.train", f"'{train}' with data.generate=toy must end in /train", "for example data/toy/train")
+        refuse(
+            PurePath(data.evaluation) != made,
+            "data.evaluation",
+            f"'{data.evaluation}' is not the '{made}' that data.generate=toy makes",
+            "use that, or data.generate=null",
+        )
+    try:
+        learner.config.check_config(learn)
+    except ValueError as error:
+        found.append(Problem(*named_key(str(error), type(config), "learner")))
+    return found
+
+
+def hardware_problems(config: RunConfig, hardware: Hardware, installed_build: str | None = None) -> list[Problem]:
+    """What a resolved configuration asks of this machine that it does not have."""
+    found: list[Problem] = []
+
+    def refuse(wrong: bool, key: str, message: str, remedy: str) -> None:
+        if wrong:
+            found.append(Problem(key, message, remedy))
+
+    cuda, gpus = config.cluster.device == "cuda", hardware.cuda_devices
+    refuse(cuda and gpus == 0, "cluster.device", "is cuda, but there is no CUDA GPU here", "use cluster.device=cpu or auto")
+    refuse(
+        installed_build is not None and config.cluster.build != installed_build,
+        "cluster.build",
+        f"is {config.cluster.build}, but the {installed_build} build of vLLM is installed",
+        f"run `make setup` on this machine, or set cluster.device={installed_build}",
+    )
+    if cuda and gpus:
+        c = config.cluster
+        shares = (
+            config.rollout.engines * max(c.gpus_per_engine, config.rollout.tensor_parallel if config.rollout.tensor_parallel > 1 else 0)
+            + config.segmentation.replicas * c.gpus_per_segmenter
+            + config.learner.ranks * c.gpus_per_learner
+        )
+        refuse(config.learner.ranks > gpus, "learner.ranks", f"{config.learner.ranks} ranks need a GPU each, there are {gpus}", f"use {gpus}")
+        refuse(
+            shares > gpus + 1e-6,
+            "cluster.gpus_per_engine",
+            f"engines, segmenters and ranks reserve {shares:g} GPUs together, there are {gpus}",
+            "lower cluster.gpus_per_* or rollout.engines, segmentation.replicas, learner.ranks",
+        )
+    return found
+
+
+def weight_sync_problems(config: RunConfig) -> list[Problem]:
+    """A way of syncing weights that the devices rule out (resolved configuration)."""
+    method, engine_gpus = config.rollout.weight_sync, config.rollout.engines * config.rollout.tensor_parallel
+    if config.cluster.device == "cpu" and method != "object_store":
+        return [Problem("rollout.weight_sync", f"is {method}, which needs CUDA", "use object_store or auto on a CPU")]
+    if method == "ipc" and engine_gpus > config.learner.ranks:
+        return [
+            Problem(
+                "rollout.weight_sync",
+                f"is ipc, which needs a learner rank on every GPU of an engine: {engine_gpus} GPUs, learner.ranks={config.learner.ranks}",
+                "use more ranks or fewer engines, or nccl with GPUs of their own",
+            )
+        ]
+    return []
+
+
+def may_change_on_resume(key: str) -> bool:
+    """Whether a resumed run may differ from its beginning in this setting."""
+    return any(key == allowed or (allowed.endswith(".") and key.startswith(allowed)) for allowed in _MAY_CHANGE)
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old, new) of every setting in which two configurations differ."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for f in dataclasses.fields(old):
+        before, after, key = getattr(old, f.name), getattr(new, f.name), prefix + f.name
+        if dataclasses.is_dataclass(before):
+            found |= differences(before, after, f"{key}.")
+        elif before != after:
+            found[key] = (before, after)
+    return found

@@ -1,0 +1,90 @@
+"""Draws: the episode at each position of a run, with its frames decoded, its prompt built, and its truth as a target.
+
+A draw is a pure function of (data set, settings, seed, position), so a resumed run or a replay sees the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reward_service import Target
+from rollout.episodes import Episode, fingerprint, read_episodes
+from rollout.frames import load_frames
+from rollout.order import episode_at, target_frame_at, uniform_frames
+from rollout.prompts import Prompt, PromptBuilder
+
+from cluster.errors import DataError
+from cluster.sections import DataConfig
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One episode to answer. `frame` is the target frame at its original size: uint8 (H, W, 3)."""
+
+    position: int
+    episode: Episode
+    prompt: Prompt
+    frame: np.ndarray
+    target: Target
+
+
+class Draws:
+    """The draws of one data set. `train` draws at random positions of an endless stream; `held_out` is a fixed list."""
+
+    def __init__(self, path: str, builder: PromptBuilder, data: DataConfig, seed: int) -> None:
+        self.path, self.builder, self.data, self.seed = path, builder, data, seed
+        self.episodes = [e for e in read_episodes(path) if e.target_frames(data.min_target_share)]
+        self.fingerprint = fingerprint(path)
+        if not self.episodes:
+            raise DataError(f"{path}: no episode has a frame in which its target can be seen", "check data.min_target_share and the data set")
+
+    def train(self, position: int) -> Draw:
+        """The draw at a position of the endless stream, a new permutation every epoch."""
+        episode = self.episodes[episode_at(position, len(self.episodes), self.seed)]
+        return self._draw(position, episode)
+
+    def held_out(self, count: int) -> list[Draw]:
+        """`count` episodes spread evenly over the data set (all of it if it has fewer), always the same."""
+        chosen = np.linspace(0, len(self.episodes) - 1, min(count, len(self.episodes))).round().astype(int)
+        return [self._draw(int(i), self.episodes[i]) for i in chosen]
+
+    def _draw(self, position: int, episode: Episode) -> Draw:
+        t = target_frame_at(position, episode.target_frames(self.data.min_target_share), self.seed)
+        shown = uniform_frames(episode.num_frames, self.builder.config.reference_frames)
+        frames = load_frames(episode.video_path, [*shown, t])
+        if (found := frames[t].shape[:2]) != (episode.height, episode.width):
+            raise DataError(f"{episode.video_path}: frames are {found}, the episode says {(episode.height, episode.width)}", "import the data set again")
+        query = episode.query
+        if self.data.control == "shuffled_queries":
+            query = self._foreign_query(position, episode)
+        elif self.data.control == "blank_frames":
+            frames = {i: np.full_like(frame, 127) for i, frame in frames.items()}
+        prompt = self.builder.build(episode.episode_id, query, frames, shown, t, episode.fps)
+        return Draw(position, episode, prompt, frames[t], target_of(episode, t))
+
+    def _foreign_query(self, position: int, episode: Episode) -> str:
+        rng = np.random.default_rng([self.seed, position, 2])
+        while True:
+            other = self.episodes[int(rng.integers(len(self.episodes)))]
+            if other.video_id != episode.video_id or len({e.video_id for e in self.episodes}) == 1:
+                return other.query
+
+
+def target_of(episode: Episode, t: int) -> Target:
+    """The truth on frame t, in pixels of the original frame."""
+    visible = episode.visible(t)
+    return Target(
+        image_size=(episode.height, episode.width),
+        boxes=[list(a.box) for a in visible],
+        points=[[list(a.point)] for a in visible],
+        masks=episode.masks(t),
+    )
+
+
+def check_data(paths: Sequence[str]) -> None:
+    """Raises the episodes' `DataError` if a data set cannot be read; cheap, nothing is decoded."""
+    for path in paths:
+        fingerprint(path)

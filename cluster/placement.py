@@ -1,0 +1,143 @@
+"""Which process sits where: one placement group that holds the rollout engines, the segmenters and the learner's ranks.
+
+The sizes come from the configuration, so a laptop and a node of GPUs differ in numbers only. On one GPU all parts share it
+(colocated); every bundle then holds a fraction of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from learner.actor import LearnerActor
+from rollout.actor import RolloutEngineActor
+from segmentation_service.actor import SegmenterActor
+
+from cluster.config import RunConfig
+from cluster.errors import RunFailed, UserError
+from cluster.sections import ClusterConfig
+
+
+@dataclass(frozen=True)
+class Actors:
+    """Handles of all parts of a run."""
+
+    group: PlacementGroup
+    engines: tuple[Any, ...]
+    segmenters: tuple[Any, ...]
+    learners: tuple[Any, ...]
+
+
+def join_cluster(config: ClusterConfig) -> bool:
+    """Connects to a cluster, or starts a local one; True if it was started here."""
+    if ray.is_initialized():
+        return False
+    options = dict(log_to_driver=False, logging_level="ERROR", namespace="videoseg")
+    wanted = config.address or os.environ.get("RAY_ADDRESS")
+    if wanted != "local":
+        try:
+            ray.init(address=wanted or "auto", **options)
+            return False
+        except ConnectionError as error:
+            if wanted:
+                raise UserError(
+                    f"no Ray cluster answers at {wanted}: {error}",
+                    "start one with `ray start --head`, correct cluster.address, or use cluster.address=local",
+                ) from error
+    store, cpus = int(config.object_store_gb * 2**30), max(2, os.cpu_count() or 1)
+    ray.init(address="local", include_dashboard=False, object_store_memory=store, num_cpus=cpus, **options)
+    return True
+
+
+def bundles(config: RunConfig) -> list[tuple[str, dict[str, float]]]:
+    """What every actor reserves, as (role, resources): engines first, then segmenters, then learner ranks."""
+    c = config.cluster
+    parts = {
+        "engine": (config.rollout.engines, c.cpus_per_engine, c.gpus_per_engine),
+        "segmenter": (config.segmentation.replicas, c.cpus_per_segmenter, c.gpus_per_segmenter),
+        "learner": (config.learner.ranks, c.cpus_per_learner, c.gpus_per_learner),
+    }
+    gpus = c.device == "cuda"
+    return [(role, {"CPU": cpu} | ({"GPU": gpu} if gpus and gpu else {})) for role, (count, cpu, gpu) in parts.items() for _ in range(count)]
+
+
+async def start_actors(config: RunConfig, learner_arguments: dict[str, Any]) -> Actors:
+    """All actors, loaded and ready. Raises `RunFailed` where the cluster has too little room or a part does not start in time."""
+    wanted = bundles(config)
+    group = placement_group([resources for _, resources in wanted], strategy="PACK")
+    limit = config.cluster.start_seconds
+    try:
+        await asyncio.wait_for(_result(group.ready()), limit)
+    except asyncio.TimeoutError as error:
+        remove_placement_group(group)
+        raise RunFailed(
+            f"the cluster has {ray.cluster_resources()} and cannot reserve {wanted} within {limit:.0f} s",
+            "free it, or ask for fewer engines, segmenters and ranks",
+        ) from error
+
+    def place(role: str) -> list[dict[str, Any]]:
+        return [
+            dict(
+                num_cpus=resources["CPU"],
+                num_gpus=resources.get("GPU", 0),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
+            )
+            for i, (r, resources) in enumerate(wanted)
+            if r == role
+        ]
+
+    engine_options = dict(
+        dtype=config.policy.dtype,
+        device=config.cluster.device,
+        seed=config.run.seed,
+        shares_gpu_with_learner=config.rollout.weight_sync == "ipc",
+    )
+    actors = Actors(
+        group,
+        engines=tuple(RolloutEngineActor.options(**o).remote(config.policy.path, config.rollout, **engine_options) for o in place("engine")),
+        segmenters=tuple(SegmenterActor.options(**o).remote(config.segmentation) for o in place("segmenter")),
+        learners=tuple(ray.remote(LearnerActor).options(**o).remote() for o in place("learner")),
+    )
+    try:
+        return await asyncio.wait_for(_ready(actors, learner_arguments), limit)
+    except BaseException as error:
+        stop_actors(actors)
+        if isinstance(error, asyncio.TimeoutError):
+            raise RunFailed(f"the parts were not ready within {limit:.0f} s", "raise cluster.start_seconds, or look into Ray's logs") from error
+        raise
+
+
+async def _ready(actors: Actors, learner_arguments: dict[str, Any]) -> Actors:
+    host, port = await actors.learners[0].address.remote()
+    ranks = [
+        learner.start.remote(rank=rank, world_size=len(actors.learners), master_addr=host, master_port=port, **learner_arguments)
+        for rank, learner in enumerate(actors.learners)
+    ]
+    await gather([*(e.ready.remote() for e in actors.engines), *(s.ready.remote() for s in actors.segmenters), *ranks])
+    return actors
+
+
+async def gather(calls: Sequence[Any]) -> list[Any]:
+    """Results of remote calls, in order; the first failure is raised at once."""
+    return await asyncio.gather(*(_result(call) for call in calls))
+
+
+async def _result(call: Any) -> Any:
+    return await call
+
+
+def stop_actors(actors: Actors, engine_seconds: float = 3.0) -> None:
+    """Ends every process: engines are asked first, for they have children of their own."""
+    asked = [engine.shutdown.remote() for engine in actors.engines]
+    if asked:
+        ray.wait(asked, num_returns=len(asked), timeout=engine_seconds)
+    for actor in (*actors.engines, *actors.segmenters, *actors.learners):
+        ray.kill(actor)
+    remove_placement_group(actors.group)

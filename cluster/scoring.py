@@ -1,0 +1,118 @@
+"""Scoring a group where it arrives: parse the answers, ask for masks once per group, compute the rewards.
+
+A completion that cannot be parsed earns what the terms give it. A group whose scoring fails (segmenter dead, time-out) is
+tried again with back-off and then marked invalid: it is never a reward of 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from reward_service import Answer, RewardConfig, Score, Target, parse_answer, score
+from reward_service.length import difficulty_class
+from reward_service.matching import assign, box_iou_matrix
+from rollout.engine import Completion
+from segmentation_service.masks import decode_rle
+from segmentation_service.segmenter import ObjectPrompt
+
+from cluster.draws import Draw
+
+SegmentGroup = Callable[[np.ndarray, list[list[ObjectPrompt]]], Awaitable[list[list[dict]]]]
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """G completions of one draw, their answers in pixels of the original frame, their masks (RLEs, one an object) and
+    scores. `failure` says why the group could not be scored; then `masks` and `scores` are None."""
+
+    draw: Draw
+    completions: tuple[Completion, ...]
+    answers: tuple[Answer, ...]
+    reasoning_tokens: tuple[int, ...]
+    difficulty_class: str
+    masks: tuple[list[dict], ...] | None = None
+    scores: tuple[Score, ...] | None = None
+    box_ious: tuple[float, ...] = ()
+    mask_ious: tuple[float, ...] = ()
+    failure: str | None = None
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """float64 (G,)."""
+        return np.array([s.total for s in self.scores], np.float64)
+
+
+async def score_group(
+    draw: Draw,
+    completions: Sequence[Completion],
+    reasoning_tokens: Sequence[int],
+    config: RewardConfig,
+    segment: SegmentGroup | None,
+    tries: int = 3,
+    timeout_seconds: float = 120.0,
+) -> ScoredGroup:
+    """The group with its scores. `segment` may be None where no active term needs masks."""
+    prompt = draw.prompt
+    answers = tuple(parse_answer(c.text).to_frame(prompt.units, prompt.policy_hw, prompt.frame_hw) for c in completions)
+    group = ScoredGroup(
+        draw, tuple(completions), answers, tuple(reasoning_tokens), difficulty_class(config.length.default_difficulty if draw.episode.difficulty is None else draw.episode.difficulty, config.length)
+    )
+    masks = None
+    if segment is not None:
+        for attempt in range(tries):
+            try:
+                masks = await asyncio.wait_for(segment(draw.frame, [object_prompts(a) for a in answers]), timeout_seconds)
+                break
+            except Exception as error:  # whatever the service raised is the cause that the run reports
+                if attempt == tries - 1:
+                    return replace(group, failure=f"segmentation failed {tries} times, last: {type(error).__name__}: {error}")
+                await asyncio.sleep(0.5 * 2**attempt)
+    decoded = [_decode(m, draw.target.image_size) for m in masks] if masks is not None else [None] * len(answers)
+    scores = [
+        score(answer, draw.target, config, difficulty=draw.episode.difficulty, length=used, predicted_masks=found)
+        for answer, used, found in zip(answers, reasoning_tokens, decoded)
+    ]
+    truth = np.asarray(draw.target.masks, bool).any(0)
+    return replace(
+        group,
+        masks=None if masks is None else tuple(masks),
+        scores=tuple(scores),
+        box_ious=tuple(mean_box_iou(a, draw.target) for a in answers),
+        mask_ious=() if masks is None else tuple(_iou(m.any(0), truth) for m in decoded),
+    )
+
+
+def object_prompts(answer: Answer) -> list[ObjectPrompt]:
+    """What the segmenter is asked about an answer: one prompt per object, positive points before negative ones."""
+    return [
+        ObjectPrompt(
+            box=o.box,
+            points=(*o.points, *o.negative_points),
+            labels=(1,) * len(o.points) + (0,) * len(o.negative_points),
+        )
+        for o in answer.objects
+    ]
+
+
+def mean_box_iou(answer: Answer, target: Target) -> float:
+    """IoU of matched boxes, summed and divided by the larger number of objects; 1 where both are empty."""
+    truth = target.boxes_N4()
+    boxes = np.array([o.box if o.box else (np.nan,) * 4 for o in answer.objects], np.float64).reshape(-1, 4)
+    if not len(boxes) and not len(truth):
+        return 1.0
+    iou = box_iou_matrix(boxes, truth)
+    return float(iou[assign(iou)].sum() / max(len(boxes), len(truth)))
+
+
+def _decode(rles: Sequence[dict], hw: tuple[int, int]) -> np.ndarray:
+    return np.stack([decode_rle(r) for r in rles]) if rles else np.zeros((0, *hw), bool)
+
+
+def _iou(a_HW: np.ndarray, b_HW: np.ndarray) -> float:
+    union = np.count_nonzero(a_HW | b_HW)
+    return np.count_nonzero(a_HW & b_HW) / union if union else 1.0
+

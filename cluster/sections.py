@@ -1,0 +1,110 @@
+"""The settings that belong to no package: the run, its policy and data, the loop, the evaluations, the cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+CONTROLS = ("none", "shuffled_queries", "blank_frames")
+
+
+@dataclass
+class RunSection:
+    name: str = field(default="auto", metadata={"help": "Name of the run's folder; auto: recipe, date and time."})
+    dir: str = field(default="runs", metadata={"help": "Folder that holds the runs, relative to the current folder."})
+    recipe: str = field(default="auto", metadata={"help": "Where the settings came from; auto: the recipe's file name."})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of everything random: order of episodes, target frames, sampling.", "min": 0, "max": 2**31 - 1}
+    )
+
+
+@dataclass
+class PolicyConfig:
+    path: str = field(default="Qwen/Qwen2.5-VL-7B-Instruct", metadata={"help": "Policy to train: a Hugging Face folder or a hub id."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Precision of the policy in the engines; auto: bfloat16 on a GPU that has it, else float32.",
+            "choices": ("auto", "float32", "bfloat16"),
+        },
+    )
+
+
+@dataclass
+class DataConfig:
+    """Where the episodes are."""
+
+    train: str = field(default="data/train", metadata={"help": "Training episodes: a folder with Parquet shards, or one file."})
+    evaluation: str = field(default="data/valid", metadata={"help": "Held-out episodes, of the same form."})
+    generate: Optional[str] = field(
+        default=None,
+        metadata={"help": "toy: make the toy world where `train` is missing, as OUT/train and OUT/valid_u; null: none.", "choices": ("toy",)},
+    )
+    min_target_share: float = field(
+        default=0.001, metadata={"help": "Target frames are those that the targets cover by at least this share.", "min": 0.0, "max": 1.0}
+    )
+    control: str = field(
+        default="none",
+        metadata={"help": "Negative control: show another episode's query, or grey frames, in training and evaluation.", "choices": CONTROLS},
+    )
+
+
+@dataclass
+class LoopConfig:
+    steps: int = field(default=500, metadata={"help": "Training steps.", "min": 1})
+    deterministic: bool = field(default=False, metadata={"help": "Fixed order and fresh caches each step; bit-equal on a CPU in float32."})
+    save_every: int = field(default=25, metadata={"help": "Steps between checkpoints; the last step always has one.", "min": 1})
+    keep_checkpoints: int = field(default=3, metadata={"help": "Newest checkpoints to keep.", "min": 1})
+    grace_seconds: float = field(default=120.0, metadata={"help": "Time to write a checkpoint after Ctrl-C or a stopped job.", "min": 0.0})
+    score_seconds: float = field(default=120.0, metadata={"help": "Longest wait for one group's masks before it is tried again.", "above": 0.0})
+    score_tries: int = field(
+        default=3, metadata={"help": "Tries, with growing pauses, before a group counts as not scored.", "min": 1, "max": 100}
+    )
+    min_valid: int = field(default=2, metadata={"help": "A group with fewer scored completions than this is dropped.", "min": 1})
+    max_failure_rate: float = field(
+        default=0.2, metadata={"help": "The run stops when more than this share of a step's completions cannot be scored.", "min": 0.0, "max": 1.0}
+    )
+    mismatch_warn: float = field(
+        default=0.01, metadata={"help": "Warn when the rollout/learner mismatch KL (nats per token) exceeds this.", "min": 0.0}
+    )
+    mismatch_stop: Optional[float] = field(default=None, metadata={"help": "Stop the run when it exceeds this; null: never.", "min": 0.0})
+    log_masks_every: int = field(
+        default=0,
+        metadata={"help": "Make masks for the rollouts of every n-th step also where the reward needs none; 0: never.", "min": 0},
+    )
+
+
+@dataclass
+class EvalConfig:
+    ends: bool = field(
+        default=True, metadata={"help": "Evaluate before the first and after the last step, greedily, on the same episodes."}
+    )
+    every: int = field(default=0, metadata={"help": "Also evaluate after every n-th step; 0: not.", "min": 0})
+    episodes: int = field(default=64, metadata={"help": "Held-out episodes, spread evenly over the data set (all, if it has fewer).", "min": 1})
+
+
+@dataclass
+class ClusterConfig:
+    """The Ray cluster, what the models run on, what each part reserves, and how long its start may take."""
+
+    address: Optional[str] = field(
+        default=None,
+        metadata={"help": "Ray address to join; null: the cluster of this job or this machine if there is one, else a local one is started."},
+    )
+    device: str = field(
+        default="auto", metadata={"help": "What the models run on; auto: CUDA where there is a GPU.", "choices": ("auto", "cpu", "cuda")}
+    )
+    build: str = field(
+        default="auto",
+        metadata={"help": "Build of vLLM and torch, installed by `make setup`; auto: the one for the device.", "choices": ("auto", "cpu", "cuda")},
+    )
+    cpus_per_engine: float = field(default=1.0, metadata={"help": "CPUs that an engine's actor reserves.", "min": 0.0})
+    cpus_per_learner: float = field(default=0.5, metadata={"help": "CPUs that a learner rank reserves.", "min": 0.0})
+    cpus_per_segmenter: float = field(default=0.5, metadata={"help": "CPUs that a segmenter reserves.", "min": 0.0})
+    gpus_per_engine: float = field(default=0.5, metadata={"help": "Share of a GPU (or whole GPUs) per engine, where there are GPUs.", "min": 0.0})
+    gpus_per_learner: float = field(
+        default=0.4, metadata={"help": "Share of a GPU per learner rank, where there are GPUs.", "min": 0.0, "max": 1.0}
+    )
+    gpus_per_segmenter: float = field(default=0.1, metadata={"help": "Share of a GPU per segmenter, where there are GPUs.", "min": 0.0, "max": 1.0})
+    object_store_gb: float = field(default=1.0, metadata={"help": "Object store of a cluster started here, GiB.", "min": 0.1})
+    start_seconds: float = field(default=600.0, metadata={"help": "Longest wait for all parts to be ready.", "min": 1.0})

@@ -1,0 +1,245 @@
+"""Cold start of the toy policy: a small Qwen2.5-VL learns to answer toy queries from a teacher, up to a middling level.
+
+    python -m examples.toy.train_policy --out examples/toy/models/policy
+
+The curriculum starts with one object, then adds objects, then queries that need space and time. The result is a Hugging
+Face folder with `training.json` (recipe, seed, seconds, learning curve on held-out videos) beside the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from examples.toy.teacher import answer
+from examples.toy.tokenizer import train_tokenizer
+from cluster.config import load
+from cluster.scoring import mean_box_iou
+from learner.patchify import PatchSpec, patchify
+from reward_service import Target, parse_answer
+from rollout.order import uniform_frames
+from rollout.prompts import PromptBuilder
+from rollout.toy_world import ToyVideo, WorldConfig, make_video
+
+PROMPT = load("debug").prompt  # the policy learns the very prompt that it is trained with later
+PATCHES = PatchSpec(14, 2, 2, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))  # Qwen2.5-VL's
+HELD_OUT = 10_000_000  # seeds from here on are never trained on; the data set's own seeds lie elsewhere
+MIN_PIXELS = 12  # 0.1% of a frame
+
+
+@dataclass(frozen=True)
+class Stage:
+    until: float  # share of the training
+    world: WorldConfig
+    levels: tuple[str, ...]
+    reference_frames: int
+
+
+STAGES = (
+    Stage(0.15, WorldConfig(frames=(8, 8), objects=(1, 1), touching=0.0), ("easy",), 0),
+    Stage(0.45, WorldConfig(frames=(8, 8), objects=(1, 3)), ("easy", "mid"), 0),
+    Stage(1.00, WorldConfig(), ("easy", "mid", "hard"), 4),
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    prompt_ids: np.ndarray
+    answer_ids: np.ndarray
+    images: tuple[np.ndarray, ...]
+    target_boxes: np.ndarray  # (n, 4), policy pixels
+
+
+def examples_of(video: ToyVideo, builder: PromptBuilder, stage: Stage, rng: np.random.Generator, limit: int):
+    """Up to `limit` examples that share one target frame of the video."""
+    t = int(rng.integers(video.num_frames))
+    masks = video.masks(t)
+    queries = [q for q in video.queries if q.level in stage.levels and all(masks[i].sum() >= MIN_PIXELS for i in q.targets)]
+    if not queries:
+        return
+    shown = uniform_frames(video.num_frames, stage.reference_frames)
+    frames = {i: video.frame(i) for i in {*shown, t}}
+    weights = np.array([{"easy": 1.0, "mid": 1.0, "hard": 1.5}[q.level] for q in queries])
+    for i in rng.choice(len(queries), min(limit, len(queries)), replace=False, p=weights / weights.sum()):
+        prompt = builder.build(f"{video.seed}", queries[i].text, frames, shown, t)
+        text = answer(video, queries[i], t, prompt.policy_hw, verbose=rng.random() < 0.35)
+        ids = builder.tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"]
+        boxes = np.array([o.box for o in parse_answer(text).objects])
+        yield Example(prompt.token_ids, np.array(ids, np.int32), prompt.images, boxes)
+
+
+class Stream(IterableDataset):
+    """Batches of examples; the stage follows the share of the training that is done."""
+
+    def __init__(self, tokenizer_path: Path, batch: int, steps: int, seed: int):
+        self.tokenizer_path, self.batch, self.steps, self.seed = tokenizer_path, batch, steps, seed
+
+    def __iter__(self):
+        torch.set_num_threads(1)
+        builder = PromptBuilder(str(self.tokenizer_path), PROMPT)
+        rng = np.random.default_rng(self.seed)
+        for step in range(self.steps):
+            stage = next(s for s in STAGES if step < s.until * self.steps or s is STAGES[-1])
+            batch: list[Example] = []
+            while len(batch) < self.batch:
+                video = make_video(int(rng.integers(HELD_OUT)), stage.world)
+                batch += examples_of(video, builder, stage, rng, limit=3)
+            yield batch[: self.batch]
+
+
+def collate(batch: list[Example], pad: int) -> dict[str, torch.Tensor]:
+    """Right-padded ids, labels on the answers only, patches in the order of the images."""
+    ids = [np.concatenate([e.prompt_ids, e.answer_ids]) for e in batch]
+    width = max(map(len, ids))
+    input_ids, labels, mask = (np.full((len(batch), width), fill) for fill in (pad, -100, 0))
+    for row, (example, tokens) in enumerate(zip(batch, ids)):
+        input_ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+        labels[row, len(example.prompt_ids) : len(tokens)] = example.answer_ids
+    pixels, grid = patchify([image for example in batch for image in example.images], PATCHES)
+    text = {name: torch.from_numpy(value) for name, value in (("input_ids", input_ids), ("labels", labels), ("attention_mask", mask))}
+    return text | {"pixel_values": pixels, "image_grid_thw": grid}
+
+
+def build_model(tokenizer, seed: int):
+    """The untrained policy; the vocabulary is padded to a multiple of 64 as real checkpoints' are."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    ids = dict(zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"),
+                   tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])))
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=-(-len(tokenizer) // 64) * 64 + 64, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
+            bos_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        ),
+        vision_config=dict(
+            depth=3, hidden_size=96, intermediate_size=256, num_heads=4, patch_size=PATCHES.patch, spatial_merge_size=PATCHES.merge,
+            temporal_patch_size=PATCHES.temporal, window_size=112, fullatt_block_indexes=[0, 1, 2], out_hidden_size=128,
+        ),
+        tie_word_embeddings=True, **ids,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():  # transformers' std of 0.02 suits wide models; at this width it takes four times as many steps
+        for name, weight in model.named_parameters():
+            if weight.ndim >= 2:
+                weight.normal_(0.0, 0.05 if "embed_tokens" in name else weight[0].numel() ** -0.5)
+    return model
+
+
+def save_processors(tokenizer, folder: Path) -> None:
+    """Everything of the checkpoint folder but config and weights."""
+    from transformers import GenerationConfig, Qwen2VLImageProcessor
+
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+    Qwen2VLImageProcessor(
+        min_pixels=28 * 28, max_pixels=1024 * 1024, patch_size=PATCHES.patch, merge_size=PATCHES.merge, temporal_patch_size=PATCHES.temporal,
+        image_mean=PATCHES.mean, image_std=PATCHES.std,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, stage: Stage, count: int) -> dict[str, float]:
+    """Greedy answers to held-out videos of this stage: mean box IoU (matched objects) and the share of well-formed answers."""
+    model.eval()
+    builder = PromptBuilder(tokenizer.name_or_path, PROMPT)
+    rng, examples, seed = np.random.default_rng(0), [], HELD_OUT
+    while len(examples) < count:
+        examples += examples_of(make_video(seed, stage.world), builder, stage, rng, limit=1)
+        seed += 1
+    examples.sort(key=lambda e: len(e.prompt_ids))
+    ious, formed = [], 0
+    for start in range(0, count, 50):
+        batch = examples[start : start + 50]
+        inputs = collate([Example(e.prompt_ids, e.answer_ids[:0], e.images, e.target_boxes) for e in batch], tokenizer.pad_token_id)
+        width = inputs["input_ids"].shape[1]
+        for row, example in enumerate(batch):  # generation wants the padding on the left
+            shift = width - len(example.prompt_ids)
+            for name in ("input_ids", "attention_mask"):
+                inputs[name][row] = torch.roll(inputs[name][row], shift)
+        del inputs["labels"]
+        token_types = (inputs["input_ids"] == builder.image_pad_id).int()
+        out = model.generate(**inputs, mm_token_type_ids=token_types, do_sample=False, max_new_tokens=110)
+        for example, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)):
+            answer = parse_answer(text)
+            ious.append(mean_box_iou(answer, Target(tuple(PROMPT.target_size), example.target_boxes.tolist())))
+            formed += answer.well_formed
+    model.train()
+    return {"box_iou": round(float(np.mean(ious)), 4), "well_formed": round(formed / count, 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--eval-every", type=int, default=250)
+    parser.add_argument("--stop-at", type=float, default=1.0, help="stop once held-out box IoU of the last stage reaches this")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    work = args.out.with_name(args.out.name + ".partial")
+    shutil.rmtree(work, ignore_errors=True)
+    rng = np.random.default_rng(args.seed)
+    corpus = []
+    for seed in range(300):
+        video = make_video(seed)
+        for query in video.queries:
+            t = int(rng.integers(video.num_frames))
+            if all(video.masks(t)[i].any() for i in query.targets):
+                corpus += [query.text + "? target", answer(video, query, t, tuple(PROMPT.target_size), verbose=rng.random() < 0.35)]
+    tokenizer = train_tokenizer(corpus, numbers=113)
+    model = build_model(tokenizer, args.seed)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
+    save_processors(tokenizer, work)
+    model.config.save_pretrained(work)
+    tokenizer.name_or_path = str(work)
+
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
+    stream = Stream(work, args.batch, args.steps, args.seed)
+    curve, began = [], time.time()
+    for step, batch in enumerate(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4), 1):
+        inputs = collate(batch, tokenizer.pad_token_id)
+        token_types = (inputs["input_ids"] == model.config.image_token_id).int()
+        loss = model(**inputs, mm_token_type_ids=token_types).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        if step % 25 == 0:
+            print(f"step {step}/{args.steps} loss {loss.item():.4f} {time.time() - began:.0f}s", flush=True)
+        if step % args.eval_every == 0 or step == args.steps:
+            share = step / args.steps
+            stage = next(s for s in STAGES if share <= s.until)
+            point = {"step": step, "stage": STAGES.index(stage), "loss": round(loss.item(), 4), "seconds": round(time.time() - began)}
+            curve.append(point | evaluate(model, tokenizer, stage, 200))
+            print(json.dumps(curve[-1]), flush=True)
+            model.save_pretrained(work)
+            if stage is STAGES[-1] and curve[-1]["box_iou"] >= args.stop_at:
+                break
+
+    recipe = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    stages = [asdict(stage) for stage in STAGES]
+    (work / "training.json").write_text(json.dumps({"recipe": recipe, "stages": stages, "curve": curve}, indent=1))
+    shutil.rmtree(args.out, ignore_errors=True)
+    os.replace(work, args.out)
+
+
+if __name__ == "__main__":
+    main()

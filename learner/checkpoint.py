@@ -1,0 +1,122 @@
+"""Checkpoints of the learner (DeepSpeed's shards, counters, random states) and export to a Hugging Face folder.
+
+Both are written under a temporary name and renamed when every rank is done.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from .weights import iterate_weights
+
+TAG = "deepspeed"
+STATE_FILE = "learner.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+EXPORT_BUCKET_BYTES = 512 * 2**20
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be loaded here; the message says why and what to do."""
+
+
+def _barrier() -> None:
+    torch.distributed.barrier()
+
+
+def save_checkpoint(engine, folder: str | Path, rank: int, state: dict) -> None:
+    """Write weights, optimiser, `state` (numbers and strings) and each rank's random states to `folder`, which must not exist."""
+    folder = Path(folder)
+    writing = folder.with_name(folder.name + ".writing")
+    if rank == 0:
+        if folder.exists():
+            raise CheckpointError(f"{folder} exists already; a checkpoint is never overwritten")
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    _barrier()
+    engine.save_checkpoint(str(writing), tag=TAG, client_state={}, save_latest=False)
+    torch.save(_random_states(), writing / f"random_rank{rank}.pt")
+    if rank == 0:
+        (writing / STATE_FILE).write_text(json.dumps(state, indent=1, sort_keys=True))
+    _barrier()
+    if rank == 0:
+        writing.rename(folder)
+    _barrier()
+
+
+def load_checkpoint(engine, folder: str | Path, rank: int, expected: dict) -> dict:
+    """Load what `save_checkpoint` wrote -> its `state`.
+
+    `expected`: entries of the state that must be equal here (world size, ZeRO stage, type). Raises CheckpointError.
+    """
+    folder = Path(folder)
+    if not (folder / STATE_FILE).is_file():
+        raise CheckpointError(f"{folder} is no learner checkpoint: {STATE_FILE} is missing")
+    state = json.loads((folder / STATE_FILE).read_text())
+    for key, value in expected.items():
+        if state.get(key) != value:
+            raise CheckpointError(f"{folder} was written with {key} = {state.get(key)}, this run has {value}; resume with the same {key}")
+    loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
+    if loaded is None:
+        raise CheckpointError(f"DeepSpeed could not load {folder / TAG}")
+    _set_random_states(torch.load(folder / f"random_rank{rank}.pt", weights_only=False))
+    return state
+
+
+def _random_states() -> dict:
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_random_states(states: dict) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def export_policy(model: nn.Module, policy_path: str, folder: str | Path, rank: int) -> None:
+    """Write `model` as a Hugging Face folder: safetensors under checkpoint names, every other file as in `policy_path`.
+
+    All ranks take part (ZeRO-3 gathers); rank 0 writes and holds the whole model in CPU memory. `folder` must not exist.
+    """
+    folder = Path(folder)
+    writing = folder.with_name(folder.name + ".writing")
+    if rank == 0 and folder.exists():
+        raise CheckpointError(f"{folder} exists already; an export is never overwritten")
+    weights = {}
+    for bucket in iterate_weights(model, EXPORT_BUCKET_BYTES):
+        if rank == 0:
+            weights |= {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in bucket}
+    if rank == 0:
+        from huggingface_hub import save_torch_state_dict
+
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+        _copy_other_files(policy_path, writing)
+        save_torch_state_dict(weights, writing, max_shard_size="5GB")
+        config = json.loads((writing / "config.json").read_text())
+        dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+        config |= {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
+        (writing / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        writing.rename(folder)
+    _barrier()
+
+
+def _copy_other_files(policy_path: str, target: Path) -> None:
+    """Configuration, tokenizer and processor files of a local folder or of a hub id."""
+    source = Path(policy_path)
+    if not source.is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = Path(snapshot_download(policy_path, ignore_patterns=[f"*{suffix}" for suffix in WEIGHT_SUFFIXES]))
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
+            shutil.copyfile(path, target / path.name)

@@ -1,0 +1,89 @@
+"""Settings of the learner: optimiser, loss, batching and DeepSpeed, with ranges that `cluster.config` checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline")
+AGGREGATIONS = ("token", "sequence", "constant")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass
+class LearnerConfig:
+    """How the policy is updated. Formulas and their papers: docs/grpo.md."""
+
+    # where it runs
+    ranks: int = field(default=1, metadata={"help": "Learner processes; one GPU each where there are GPUs.", "min": 1})
+    zero_stage: int = field(default=2, metadata={"help": "DeepSpeed ZeRO stage.", "min": 0, "max": 3})
+    dtype: str = field(
+        default="auto", metadata={"help": "Weights and activations; auto: bfloat16 on CUDA, float32 elsewhere.", "choices": DTYPES}
+    )
+    threads: int = field(default=0, metadata={"help": "CPU threads of a rank; 0 keeps what the process has.", "min": 0})
+    collective_timeout_seconds: float = field(
+        default=1800.0, metadata={"help": "A collective that takes longer than this fails instead of hanging.", "min": 1.0}
+    )
+
+    # optimiser
+    lr: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW.", "min": 0.0})
+    lr_schedule: str = field(default="constant", metadata={"help": "Shape after the warm-up.", "choices": LR_SCHEDULES})
+    min_lr_ratio: float = field(
+        default=0.0, metadata={"help": "Last learning rate over the peak (linear and cosine).", "min": 0.0, "max": 1.0}
+    )
+    warmup_steps: int = field(default=0, metadata={"help": "Optimiser steps of linear warm-up.", "min": 0})
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW weight decay.", "min": 0.0})
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW beta1.", "min": 0.0, "max": 0.9999})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW beta2.", "min": 0.0, "max": 0.999999})
+    adam_eps: float = field(default=1e-8, metadata={"help": "AdamW epsilon.", "min": 0.0})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip gradients to this global norm; 0 never clips.", "min": 0.0})
+    freeze_vision: bool = field(default=False, metadata={"help": "Leave the vision tower and its projector as they are."})
+
+    # loss
+    advantage: str = field(default="grpo", metadata={"help": "How rewards of a group become advantages.", "choices": ADVANTAGES})
+    advantage_eps: float = field(default=1e-6, metadata={"help": "Added to the standard deviation of rewards.", "min": 0.0})
+    clip_low: float = field(default=0.2, metadata={"help": "Probability ratios below 1 - clip_low are clipped.", "min": 0.0, "max": 1.0})
+    clip_high: float = field(default=0.2, metadata={"help": "Probability ratios above 1 + clip_high are clipped.", "min": 0.0})
+    dual_clip: Optional[float] = field(
+        default=None, metadata={"help": "Bound on the ratio where the advantage is negative (3.0 is common); null for none.", "min": 1.0}
+    )
+    loss_aggregation: str = field(
+        default="token", metadata={"help": "Mean over all tokens of the step, over sequences, or a constant length.", "choices": AGGREGATIONS}
+    )
+    constant_length: int = field(
+        default=2000, metadata={"help": "Tokens that each sequence's sum is divided by (loss_aggregation=constant).", "min": 1}
+    )
+    kl_coef: float = field(default=5e-3, metadata={"help": "Weight of the KL to the reference policy; 0 loads no reference.", "min": 0.0})
+    kl_estimator: str = field(default="k3", metadata={"help": "KL estimator of a token.", "choices": KL_ESTIMATORS})
+    kl_clamp: Optional[float] = field(
+        default=10.0, metadata={"help": "Largest KL of a token in the loss (as in verl); null for none.", "min": 0.0}
+    )
+    tis_cap: Optional[float] = field(
+        default=2.0,
+        metadata={"help": "Cap of the importance weight learner/rollout (truncated importance sampling); null turns it off.", "min": 1.0},
+    )
+    ppo_epochs: int = field(default=1, metadata={"help": "Passes over the samples of a step.", "min": 1})
+    minibatches: int = field(default=1, metadata={"help": "Optimiser steps of a pass; groups are dealt out to them.", "min": 1})
+
+    # batching and memory
+    tokens_per_microbatch: int = field(
+        default=16384, metadata={"help": "Tokens of a micro-batch (a prompt counts once for its group).", "min": 1}
+    )
+    logprob_chunk_tokens: int = field(
+        default=2048, metadata={"help": "Response tokens whose full logits are held at a time.", "min": 1}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: less memory, about a third slower."})
+    entropy: bool = field(default=True, metadata={"help": "Measure the policy's entropy."})
+
+
+def check_config(config: LearnerConfig) -> None:
+    """Raise ValueError for combinations that no single range can catch."""
+    if config.loss_aggregation == "token" and config.advantage == "dr_grpo":
+        # Legal, but it is not Dr. GRPO: the paper divides by a constant, so that no length is favoured. Told, not forbidden.
+        import warnings
+
+        warnings.warn("learner.advantage=dr_grpo is published with learner.loss_aggregation=constant", stacklevel=2)
+    if config.zero_stage > 0 and config.adam_eps == 0.0:
+        raise ValueError("learner.adam_eps = 0 divides by zero in the padding of ZeRO's flat buffers; use a positive value")

@@ -1,0 +1,282 @@
+"""One rank of the learner: a plain class that trains a policy under DeepSpeed on samples that it is given."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batch import MicroBatch, Sample, check_fingerprints, check_samples, collate
+from .checkpoint import export_policy, load_checkpoint, save_checkpoint
+from .config import LearnerConfig, check_config
+from .engine import PolicyEngine, frozen_engine, init_distributed, pick_device_and_dtype
+from .grpo import multiplicative_error, policy_loss, rollout_mismatch, sequence_weights, token_sums
+from .learning_rate import learning_rate
+from .patchify import PatchSpec
+from .policy import PolicyModel, load_model
+from .schedule import SampleSize, schedule
+from .weights import WeightBucket, weight_buckets
+
+MEANS = ("policy_loss", "kl", "clip_low", "clip_high", "dual_clip", "tis_weight", "tis_capped", "ratio", "entropy", "mismatch_kl", "mismatch_abs")
+
+
+class LearnerWorker:
+    """Holds a policy, its optimiser and the frozen reference. All ranks are called alike, with the same arguments.
+
+    config: see LearnerConfig. policy_path: Hugging Face folder or hub id; also the reference. total_steps: training steps of
+    the whole run, for the learning-rate schedule. temperature, banned_token_ids: exactly as in sampling.
+    """
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        policy_path: str,
+        rank: int = 0,
+        world_size: int = 1,
+        master_addr: str = "127.0.0.1",
+        master_port: int = 29500,
+        seed: int = 0,
+        total_steps: int = 1,
+        temperature: float = 1.0,
+        banned_token_ids: Collection[int] = (),
+    ):
+        check_config(config)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        init_distributed(rank, world_size, master_addr, master_port, config.collective_timeout_seconds)
+
+        self.config, self.policy_path, self.seed, self.total_steps = config, policy_path, seed, total_steps
+        self.rank, self.world_size = rank, world_size
+        self.banned_token_ids = tuple(banned_token_ids)
+        self.device, self.dtype = pick_device_and_dtype(config.dtype)
+        self.patches = PatchSpec.from_policy(policy_path)
+        self.steps, self.updates = 0, 0
+
+        wrap = lambda model: PolicyModel(model, banned_token_ids, temperature, config.logprob_chunk_tokens)
+        policy = wrap(load_model(policy_path, self.dtype, config.gradient_checkpointing))
+        if config.freeze_vision:
+            policy.freeze_vision()
+        self.engine = PolicyEngine(policy, config, world_size, self.dtype)
+        self.reference = None
+        if config.kl_coef > 0.0:
+            self.reference = frozen_engine(wrap(load_model(policy_path, self.dtype)), config, world_size, self.dtype, self.device)
+
+    @property
+    def policy(self) -> PolicyModel:
+        return self.engine.module
+
+    # ---- training
+
+    def train_step(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Train on all `samples` (the same list on every rank) -> metrics, equal on all ranks but for seconds.
+
+        One update by default; ppo_epochs passes of `minibatches` updates each otherwise, with the log-probs of the weights
+        before the first one as the old ones. Raises SampleError or ScheduleError before anything is computed, and
+        FloatingPointError if the loss or the gradient is not finite: then go back to the last checkpoint.
+        """
+        clock = _Clock(self.device)
+        config = self.policy.model.config
+        check_samples(samples, self.banned_token_ids, (config.image_token_id, config.video_token_id), self.patches.merge)
+        parts = self._minibatches(samples)
+        plans = [self._plan(samples, part) for part in parts]
+        check_fingerprints(samples, {i for plan in plans for indices in plan[self.rank] for i in indices})
+        clock.lap("check")
+
+        before: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+        if self.config.ppo_epochs * len(parts) > 1:
+            for part, plan in zip(parts, plans):
+                for batch, _ in self._micro_batches(samples, part, plan, clock):
+                    before[batch.indices] = self._no_grad_logprobs(self.engine, batch, clock, "old_logprobs"), self._reference(batch, clock)
+
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self.device))
+        norms, rate = [], 0.0
+        for _ in range(self.config.ppo_epochs):
+            for part, plan in zip(parts, plans):
+                rate = self._learning_rate(len(parts))
+                for batch, active in self._micro_batches(samples, part, plan, clock):
+                    self._accumulate(samples, part, batch, active, before.get(batch.indices), sums, clock)
+                norms.append(self._step(sums["loss"], rate))
+                clock.lap("optimizer")
+        self.steps += 1
+        return self._metrics(samples, sums, norms, rate, plans, clock)
+
+    def _accumulate(self, samples, part, batch: MicroBatch, active: bool, before, sums: dict[str, Tensor], clock: _Clock) -> None:
+        """Forward and backward of one micro-batch; its share of the step's loss and per-token terms go to `sums`."""
+        config = self.config
+        old, reference = before if before is not None else (None, self._reference(batch, clock))
+        logprobs, entropy = self.engine(batch, entropy=config.entropy)
+        old = logprobs.detach() if old is None else old
+        total_tokens = sum(len(samples[i].response_ids) for i in part)
+        weights = sequence_weights(batch.lengths, config.loss_aggregation, total_tokens, len(part), config.constant_length)
+        weights = (weights * active).to(torch.float32)[batch.sequence]
+        loss, terms = policy_loss(
+            logprobs, old, batch.advantages[batch.sequence], weights,
+            clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
+            rollout_logprobs=batch.rollout_logprobs, tis_cap=config.tis_cap,
+            ref_logprobs=reference, kl_coef=config.kl_coef, kl_estimator=config.kl_estimator, kl_clamp=config.kl_clamp,
+        )
+        clock.lap("forward")
+        # DeepSpeed takes the mean of gradients over ranks; the weights above are already those of the sum over ranks.
+        self.engine.backward(loss * self.world_size)
+        clock.lap("backward")
+        if active:
+            terms |= rollout_mismatch(old, batch.rollout_logprobs)
+            terms |= {"entropy": entropy} if config.entropy else {}
+            for name, value in token_sums(terms).items():
+                sums[name] += value
+            sums["loss"] += loss.detach()
+            sums["tokens"] += len(batch.target_ids)
+            sums["row_tokens"] += batch.input_ids.numel()
+            sums["max_mismatch"] = torch.maximum(sums["max_mismatch"], terms["mismatch_abs"].max().double())
+
+    def _step(self, loss: Tensor, rate: float) -> float:
+        """One optimiser step -> gradient norm. All ranks agree on whether the numbers are finite before any weight changes."""
+        check = loss.clone()
+        torch.distributed.all_reduce(check)
+        if not torch.isfinite(check):
+            raise FloatingPointError(f"step {self.steps}: the loss is {float(check)}; the weights are as before the step")
+        norm = self.engine.step(rate)
+        self.updates += 1
+        if not np.isfinite(norm):
+            raise FloatingPointError(f"step {self.steps}: the gradient norm is {norm}; the weights are lost, resume from a checkpoint")
+        return norm
+
+    def _learning_rate(self, minibatches: int) -> float:
+        c = self.config
+        total = self.total_steps * c.ppo_epochs * max(minibatches, c.minibatches)
+        return learning_rate(self.updates, total, c.lr, c.warmup_steps, c.lr_schedule, c.min_lr_ratio)
+
+    # ---- batches
+
+    def _minibatches(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Indices of each update of a pass: whole groups, dealt out at random (by seed and step) if there are several."""
+        groups: dict[int, list[int]] = {}
+        for i, sample in enumerate(samples):
+            groups.setdefault(sample.group, []).append(i)
+        count = min(self.config.minibatches, len(groups))
+        order = list(groups.values())
+        if count > 1:
+            order = [order[k] for k in np.random.default_rng([self.seed, self.steps]).permutation(len(order))]
+        return [sorted(i for members in order[k::count] for i in members) for k in range(count)]
+
+    def _plan(self, samples: Sequence[Sample], part: Sequence[int]) -> list[list[list[int]]]:
+        """plan[rank][micro-batch] = indices into `samples`; the same on every rank."""
+        sizes = [
+            SampleSize(s.group, len(s.prompt_ids), len(s.response_ids), int(np.prod(s.grid_thw, axis=1).sum()) if len(s.grid_thw) else 0)
+            for s in (samples[i] for i in part)
+        ]
+        hidden = self.policy.model.config.get_text_config().hidden_size
+        plan = schedule(sizes, self.world_size, self.config.tokens_per_microbatch, hidden)
+        return [[[part[k] for k in indices] for indices in share] for share in plan]
+
+    def _micro_batches(self, samples, part, plan, clock: _Clock) -> Iterator[tuple[MicroBatch, bool]]:
+        """This rank's micro-batches on its device, and whether they count: an empty one is filled with the part's shortest sample."""
+        filler = min(part, key=lambda i: (len(samples[i].prompt_ids) + len(samples[i].response_ids), i))
+        for indices in plan[self.rank]:
+            batch = collate(samples, indices or [filler], self.patches, self.policy.rope_index, self.device).to(self.device, self.dtype)
+            clock.lap("collate")
+            yield batch, bool(indices)
+
+    def _no_grad_logprobs(self, model, batch: MicroBatch, clock: _Clock, lap: str) -> Tensor:
+        with torch.no_grad():
+            logprobs, _ = model(batch)
+        clock.lap(lap)
+        return logprobs
+
+    def _reference(self, batch: MicroBatch, clock: _Clock) -> Tensor | None:
+        return None if self.reference is None else self._no_grad_logprobs(self.reference, batch, clock, "reference")
+
+    def compute_logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """Log-probs float32 (R,) of every sample's response under the present weights, on every rank."""
+        config = self.policy.model.config
+        check_samples(samples, self.banned_token_ids, (config.image_token_id, config.video_token_id), self.patches.merge)
+        clock, part, own = _Clock(self.device), list(range(len(samples))), {}
+        for batch, active in self._micro_batches(samples, part, self._plan(samples, part), clock):
+            logprobs = self._no_grad_logprobs(self.engine, batch, clock, "forward").cpu()
+            if active:
+                own |= {i: piece.numpy() for i, piece in zip(batch.indices, logprobs.split(batch.lengths.tolist()))}
+        shares: list[dict] = [{}] * self.world_size
+        torch.distributed.all_gather_object(shares, own)
+        everything = {i: piece for share in shares for i, piece in share.items()}
+        return [everything[i] for i in part]
+
+    # ---- metrics
+
+    def _metrics(self, samples, sums: dict[str, Tensor], norms: list[float], rate: float, plans, clock: _Clock) -> dict[str, float]:
+        names = ("loss", "tokens", "row_tokens", *MEANS)
+        total = torch.stack([sums[name] for name in names])
+        largest = sums["max_mismatch"]
+        torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        values = dict(zip(names, total.tolist()))
+        mean = {name: values[name] / values["tokens"] for name in MEANS}
+        rename = {"clip_low": "clip_low_fraction", "clip_high": "clip_high_fraction", "dual_clip": "dual_clip_fraction", "tis_capped": "tis_capped_fraction"}
+        metrics = {rename.get(name, name): value for name, value in mean.items()}
+        if self.reference is None:
+            del metrics["kl"]
+        if not self.config.entropy:
+            del metrics["entropy"]
+        seconds = clock.total()
+        return metrics | {
+            "loss": values["loss"] / len(norms),
+            "multiplicative_error": multiplicative_error(mean["mismatch_abs"]),
+            "max_mismatch": float(largest),
+            "grad_norm": float(np.mean(norms)),
+            "lr": rate,
+            "updates": float(len(norms)),
+            "micro_batches": float(sum(len(plan[self.rank]) for plan in plans)),
+            "samples": float(len(samples)),
+            "response_tokens": float(sum(len(s.response_ids) for s in samples)),
+            "row_tokens": values["row_tokens"] / self.config.ppo_epochs,
+            "seconds": seconds,
+            "response_tokens_per_second": values["tokens"] / seconds,
+            **{f"seconds_{name}": value for name, value in clock.laps.items()},
+        }
+
+    # ---- weights and checkpoints
+
+    def weight_buckets(self, max_bytes: int) -> Iterator[WeightBucket]:
+        """The policy's weights; every rank must consume its iterator to the end. Data on rank 0 only."""
+        return weight_buckets(self.policy.model, max_bytes, self.rank)
+
+    def save(self, folder: str) -> None:
+        """Checkpoint to `folder`, which must not exist yet."""
+        save_checkpoint(self.engine.deepspeed, folder, self.rank, self._identity() | {"steps": self.steps, "updates": self.updates})
+
+    def load(self, folder: str) -> None:
+        """Continue from a checkpoint of the same world size, ZeRO stage and type. Raises CheckpointError."""
+        state = load_checkpoint(self.engine.deepspeed, folder, self.rank, self._identity())
+        self.steps, self.updates = state["steps"], state["updates"]
+
+    def export(self, folder: str) -> None:
+        """The policy as a Hugging Face folder, which must not exist yet."""
+        export_policy(self.policy.model, self.policy_path, folder, self.rank)
+
+    def _identity(self) -> dict:
+        return {"world_size": self.world_size, "zero_stage": self.config.zero_stage, "dtype": str(self.dtype).removeprefix("torch.")}
+
+
+class _Clock:
+    """Seconds by kind of work. On a GPU a lap waits for the device, so that work is booked where it was asked for."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.laps = device, defaultdict(float)
+        self.start = self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.laps[name] += now - self.last
+        self.last = now
+
+    def total(self) -> float:
+        return time.perf_counter() - self.start

@@ -1,0 +1,66 @@
+"""Pairs of predicted and true objects: M x N matrices of overlap and distance, and one-to-one assignment.
+
+Boxes are [x1, y1, x2, y2] with inclusive corners, points [x, y]; both sides in the same space. A row of NaN stands for
+a missing box or point: it overlaps nothing (0) and is infinitely far.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from reward_service import bitmaps
+
+
+def box_iou_matrix(predicted_M4: np.ndarray, true_N4: np.ndarray) -> np.ndarray:
+    """(M, N) IoU with the inclusive +1 on widths, heights and intersections (VisionReasoner); 0 where it is undefined."""
+    (x1, y1, x2, y2), (u1, v1, u2, v2) = predicted_M4.T[:, :, None], true_N4.T[:, None, :]
+    with np.errstate(all="ignore"):
+        width, height = np.minimum(x2, u2) - np.maximum(x1, u1) + 1, np.minimum(y2, v2) - np.maximum(y1, v1) + 1
+        shared = np.maximum(width, 0) * np.maximum(height, 0)
+        union = (x2 - x1 + 1) * (y2 - y1 + 1) + (u2 - u1 + 1) * (v2 - v1 + 1) - shared
+        return np.where(union > 0, shared / union, 0.0)  # NaN (a missing box) is not > 0
+
+
+def box_l1_matrix(predicted_M4: np.ndarray, true_N4: np.ndarray) -> np.ndarray:
+    """(M, N) mean absolute difference of the four coordinates; inf for a missing box."""
+    return _infinite(np.abs(predicted_M4.T[:, :, None] - true_N4.T[:, None, :]).mean(axis=0))
+
+
+def point_distance_matrix(predicted_M2: np.ndarray, true_N2: np.ndarray) -> np.ndarray:
+    """(M, N) Euclidean distance; inf for a missing point."""
+    x, y = predicted_M2.T[:, :, None] - true_N2.T[:, None, :]
+    return _infinite(np.sqrt(x * x + y * y))
+
+
+def point_in_own_box(points_M2: np.ndarray, boxes_M4: np.ndarray) -> np.ndarray:
+    """(M,) bool: the point lies in the box of the same object, edges included; False when either is missing."""
+    (x, y), (x1, y1, x2, y2) = points_M2.T, boxes_M4.T
+    return (x >= x1) & (x <= x2) & (y >= y1) & (y <= y2)
+
+
+def mask_iou_matrix(predicted_MHW: np.ndarray, true_NHW: np.ndarray) -> np.ndarray:
+    """(M, N) IoU of masks, 0 where both are empty (nothing found is no overlap between two objects)."""
+    p, t = bitmaps.pack(predicted_MHW), bitmaps.pack(true_NHW)
+    out = np.zeros((len(p), len(t)))
+    for m in range(len(p)):  # one row at a time: M * N full masks at once would not fit for 120 objects
+        shared, either = bitmaps.count(p[m] & t), bitmaps.count(p[m] | t)
+        out[m] = shared / np.maximum(either, 1)
+    return out
+
+
+def assign(gain_MN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the one-to-one assignment with the greatest total gain (Hungarian; min(M, N) pairs)."""
+    m, n = gain_MN.shape
+    if m == 0 or n == 0:
+        return np.zeros(0, int), np.zeros(0, int)
+    if m == 1:  # the common cases, without the solver's overhead
+        return np.zeros(1, int), gain_MN.argmax(axis=1)
+    if n == 1:
+        return gain_MN.argmax(axis=0), np.zeros(1, int)
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(gain_MN, maximize=True)
+
+
+def _infinite(distances: np.ndarray) -> np.ndarray:
+    return np.where(np.isnan(distances), np.inf, distances)

@@ -1,0 +1,116 @@
+"""VisionReasoner: several objects, Hungarian matching, total 7 (Seg-Zero repository, reward_score/vision_reasoner.py).
+
+Kept as published: the format counts lists of the right length whatever is in them; one bad item costs the accuracy of
+all; whatever numpy makes of the numbers counts (booleans beside integers, integer overflow); an empty list earns no
+format and no accuracy, so nothing can be right where there is nothing to find; both sides are cut at 120 objects.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from reward_service import terms
+from reward_service.space import factors
+from reward_service.tags import first_answer, has_think_format
+from reward_service.target import Target
+
+CONFIG = {
+    "weights": {"think_format": 1.0, "segmentation_format": 1.0, "iou": 1.0, "box_l1": 1.0, "point": 1.0, "no_repeat": 1.0},
+    "length": {"penalty": False},
+    "iou_threshold": 0.5,
+    "box_l1_threshold": 10.0,
+    "point_threshold": 30.0,
+    "space_size": 840,
+    "max_objects": 120,
+    "max_repeats": 2,
+}
+SETTINGS = ("iou_threshold", "box_l1_threshold", "point_threshold", "space", "space_size", "max_objects", "max_repeats")
+MAXIMA = {"think_format": 1.0, "segmentation_format": 2.0, "iou": 1.0, "box_l1": 1.0, "point": 1.0, "no_repeat": 1.0}
+
+
+def group_terms(answers, target: Target, config, predicted_masks):
+    """Terms of each answer; iou, box_l1 and point are matched together, weighted or not, as published."""
+    to_answer, to_target = factors(answers, target, config)
+    points = [p[0] for p in target.points] if target.points is not None and all(map(len, target.points)) else None
+    if points is None:
+        points = target.points_N2()  # raises for objects without points
+    truth = [scaled_array(v, to_target) for v in (_array(target.boxes, 4), _array(points, 2))]
+    out = []
+    for answer in answers:
+        data = decoded(first_answer(answer.text))
+        row = dict(zip(("iou", "box_l1", "point"), _accuracy(data, *truth, config, to_answer)))
+        row["think_format"] = float(has_think_format(answer.text))
+        row["segmentation_format"] = _format(data)
+        row["no_repeat"] = terms.no_repeat(answer.text, config.max_repeats)
+        out.append(({name: value for name, value in row.items() if getattr(config.weights, name)}, {}))
+    return out
+
+
+def _array(values, columns) -> np.ndarray:
+    return np.array([list(v) for v in values]) if len(values) else np.zeros((0, columns))
+
+
+def decoded(text):
+    """The JSON value, or None for no text, no JSON, or `null` (all of them earn nothing in the published code)."""
+    try:
+        return None if text is None else json.loads(text)
+    except Exception:  # published: any exception ends the term
+        return None
+
+
+def scaled_array(values, factor_xy):
+    """Columns x, y, x, y, ... times the factor; untouched, dtype included, when it is 1."""
+    values = np.asarray(values)
+    return values if factor_xy == (1.0, 1.0) else values * np.array((factor_xy * 4)[: values.shape[-1]])
+
+
+def iou_matrix(boxes_M4, true_N4):
+    """IoU with the inclusive +1, on whatever numpy made of the answer; raises as the published expression would."""
+    x1, y1, x2, y2 = np.split(boxes_M4, 4, axis=1)
+    u1, v1, u2, v2 = (column.T for column in np.split(true_N4, 4, axis=1))
+    width, height = np.minimum(x2, u2) - np.maximum(x1, u1) + 1, np.minimum(y2, v2) - np.maximum(y1, v1) + 1
+    shared = np.maximum(0, width) * np.maximum(0, height)
+    return shared / ((x2 - x1 + 1) * (y2 - y1 + 1) + (u2 - u1 + 1) * (v2 - v1 + 1) - shared)
+
+
+def _format(data) -> float:
+    """Over the items: 1 for a `bbox_2d` list of four, 1 for a `point_2d` list of two. What breaks keeps the sum so far."""
+    total = 0.0
+    try:
+        for item in data:
+            right = 0.0
+            for key, size in (("bbox_2d", 4), ("point_2d", 2)):
+                if key in item and isinstance(item[key], list) and len(item[key]) == size:
+                    right += 1.0
+            total += right / len(data)
+    except Exception:  # published: the partial sum survives
+        pass
+    return total
+
+
+def _accuracy(data, true_boxes, true_points, config, factor) -> list[float]:
+    """[iou, box_l1, point] of the matched pairs over max(M, N); zeros when anything in the answer breaks the arithmetic."""
+    from scipy.optimize import linear_sum_assignment
+
+    true_boxes, true_points = true_boxes[: config.max_objects], true_points[: config.max_objects]
+    try:
+        with np.errstate(all="ignore"):
+            boxes = scaled_array([item["bbox_2d"] for item in data][: config.max_objects], factor)
+            points = scaled_array([item["point_2d"] for item in data][: config.max_objects], factor)
+            overlap = iou_matrix(boxes, true_boxes)
+            corners = np.mean(np.abs(boxes[:, None, :] - true_boxes[None, :, :]), axis=2)
+            apart = np.sqrt(np.sum((points[:, None, :] - true_points[None, :, :]) ** 2, axis=2))
+            x, y = points[:, 0], points[:, 1]
+            inside = (x >= boxes[:, 0]) & (x <= boxes[:, 2]) & (y >= boxes[:, 1]) & (y <= boxes[:, 3])
+            values = [
+                (overlap > config.iou_threshold).astype(float),
+                (corners < config.box_l1_threshold).astype(float),
+                ((apart < config.point_threshold) & inside[:, None]).astype(float),
+            ]
+            rows, columns = linear_sum_assignment(3.0 - sum(values))
+            largest = max(len(boxes), len(true_boxes))
+            return [float(value[rows, columns].sum()) / largest for value in values]
+    except Exception:  # published: any exception makes the accuracy 0
+        return [0.0, 0.0, 0.0]

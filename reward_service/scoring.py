@@ -1,0 +1,133 @@
+"""score: one completion against its target; score_group: all completions of one prompt, which shares the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional, Sequence, Union
+
+from reward_service import length as lengths_of
+from reward_service.answer import Answer
+from reward_service.config import RewardConfig
+from reward_service.parsing import parse_answer
+from reward_service.presets import pixelthink, revseg, seg_zero, veason_r1, videoseg_r1, vision_reasoner
+from reward_service.target import MissingInput, Target
+
+_FORMULAS = {
+    "videoseg_r1": videoseg_r1,
+    "seg_zero": seg_zero,
+    "vision_reasoner": vision_reasoner,
+    "pixelthink": pixelthink,
+    "veason_r1": veason_r1,
+    "revseg": revseg,
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a completion earned.
+
+    total: original x length_penalty. terms: every active term as computed (its name) and as weighted
+    ("weighted_<name>"), "original" (the sum of the weighted terms) and "length_penalty". answer: the parsed completion.
+    valid: False only where scoring itself failed (never because of what the policy wrote); such a total is NaN.
+    diagnostics: numbers for logs that earn nothing: length, difficulty, budget, n_predicted, n_true, box_iou, mask_iou.
+    """
+
+    total: float
+    terms: dict[str, float]
+    answer: Answer
+    valid: bool = True
+    diagnostics: dict = field(default_factory=dict)
+
+
+def score(
+    completion: Union[str, Answer],
+    target: Target,
+    config: Optional[RewardConfig] = None,
+    difficulty: Optional[float] = None,
+    uncertainty: Optional[float] = None,
+    length: Optional[float] = None,
+    predicted_masks=None,
+) -> Score:
+    """Reward of one completion.
+
+    completion: text whose coordinates are those of the target, or the Answer of `parse_answer(text)`, converted with
+        `.to_frame(units, policy_hw, frame_hw)` where the policy answered in other units.
+    config: default `RewardConfig()`, the preset videoseg_r1. difficulty: 1..10 or None for the configured default.
+    uncertainty: 0..1, used by presets that widen the budget with it. length: tokens used, counted as `config.length.unit`
+        says (see `think_span`); units of words are counted here when it is None.
+    predicted_masks: masks of `answer.objects`, in order, on the target frame: (N, H, W) bool, or N masks or RLE dicts
+        (None for an object that could not be prompted). For video terms: {frame id: such masks}.
+
+    Raises MissingInput (a ValueError) when an active term lacks an input, ValueError when inputs do not fit each other.
+    No completion, however malformed, raises. Sources of all terms: docs/rewards.md.
+    """
+    masks = None if predicted_masks is None else [predicted_masks]
+    return score_group([completion], target, config, difficulty, [uncertainty], [length], masks)[0]
+
+
+def score_group(
+    completions: Sequence[Union[str, Answer]],
+    target: Target,
+    config: Optional[RewardConfig] = None,
+    difficulty: Optional[float] = None,
+    uncertainties: Optional[Sequence[Optional[float]]] = None,
+    lengths: Optional[Sequence[Optional[float]]] = None,
+    predicted_masks: Optional[Sequence] = None,
+) -> list[Score]:
+    """Rewards of the completions of one prompt, equal to calling `score` on each, faster.
+
+    uncertainties, lengths, predicted_masks: one entry a completion; an entry of predicted_masks may be None where the
+    answer has no objects. Raises as `score` does.
+    """
+    config = RewardConfig() if config is None else config
+    n = len(completions)
+    for name, given in (("uncertainties", uncertainties), ("lengths", lengths), ("predicted_masks", predicted_masks)):
+        if given is not None and len(given) != n:
+            raise ValueError(f"{len(given)} {name} for {n} completions: give one each")
+    if predicted_masks is None and (config.needs_predicted_masks or config.needs_video_masks):
+        active = "video_iou" if config.needs_video_masks else "mask_iou or accuracy_iou=mask"
+        raise MissingInput(f"an active term ({active}) needs SAM2's masks: pass predicted_masks, or switch it off")
+    if n == 0:
+        return []
+    answers = [c if isinstance(c, Answer) else parse_answer(c) for c in completions]
+    formula = _FORMULAS[config.formula]
+    rows = formula.group_terms(answers, target, config, predicted_masks)
+    weights = [(name, f"weighted_{name}", getattr(config.weights, name)) for name in formula.MAXIMA]
+    weights = [entry for entry in weights if entry[2]]
+    out = []
+    for i, (answer, (row, diagnostics)) in enumerate(zip(answers, rows)):
+        s = _length_penalty(
+            answer,
+            config.length,
+            difficulty,
+            uncertainties[i] if uncertainties is not None else None,
+            lengths[i] if lengths is not None else None,
+            diagnostics,
+        )
+        terms, original = {}, 0.0
+        for name, weighted_name, weight in weights:
+            terms[name] = row[name]
+            terms[weighted_name] = weight * row[name]
+            original += terms[weighted_name]
+        terms["original"] = original
+        terms["length_penalty"] = s
+        out.append(Score(original * s, terms, answer, True, diagnostics))
+    return out
+
+
+def _length_penalty(answer, config, difficulty, uncertainty, length, diagnostics) -> float:
+    if not config.penalty:
+        if length is not None:
+            diagnostics["length"] = float(length)
+        return 1.0
+    used = lengths_of.used_length(answer.text, length, config)
+    allowed = lengths_of.budget(difficulty, uncertainty, config)
+    diagnostics["length"], diagnostics["budget"] = used, allowed
+    diagnostics["difficulty"] = config.default_difficulty if difficulty is None else difficulty
+    return lengths_of.penalty(used, allowed, config)
+
+
+def maximum(config: Optional[RewardConfig] = None) -> float:
+    """The largest total a configuration can give."""
+    config = RewardConfig() if config is None else config
+    return sum(getattr(config.weights, name) * most for name, most in _FORMULAS[config.formula].MAXIMA.items())

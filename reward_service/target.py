@@ -1,0 +1,148 @@
+"""The ground truth a completion is scored against."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Mapping, Optional, Sequence
+
+import numpy as np
+
+
+class MissingInput(ValueError):
+    """An active reward term lacks an input it needs: an error of the configuration, never a reward of 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class FrameTarget:
+    """Truth on one shown frame, for key-frame and video terms.
+
+    boxes: one [x1, y1, x2, y2] an object, None where it is absent. masks: (N, H, W) bool or N masks or RLEs (None where
+    absent), or one mask (H, W) of the union.
+    """
+
+    boxes: Sequence[Optional[Sequence[float]]] = ()
+    masks: object = None
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Truth of one query on its target frame, in pixels of the original frame.
+
+    image_size: (H, W). boxes: N x [x1, y1, x2, y2], integer corners inclusive. points: per object a list of [x, y], the
+    first inside its mask. masks: (N, H, W) bool, or N masks (H, W) or COCO RLE dicts. frames: shown frame id ->
+    FrameTarget (or a dict with its fields), in the order shown. N = 0 is legal: nothing to find.
+    Raises ValueError naming what does not fit.
+    """
+
+    image_size: tuple[int, int]
+    boxes: Sequence[Sequence[float]] = ()
+    points: Optional[Sequence[Sequence[Sequence[float]]]] = None
+    masks: object = None
+    frames: Optional[Mapping[int, FrameTarget]] = None
+    _cache: dict = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        size = tuple(self.image_size)
+        if len(size) != 2 or any(int(v) != v or v < 1 for v in size):
+            raise ValueError(f"image_size={self.image_size!r}: expected (height, width) of at least one pixel")
+        for box in self.boxes:
+            if len(box) != 4 or not all(math.isfinite(v) for v in box):
+                raise ValueError(f"target box {box!r}: expected four finite numbers [x1, y1, x2, y2]")
+        if self.points is not None:
+            if len(self.points) != len(self.boxes):
+                raise ValueError(f"{len(self.points)} lists of points for {len(self.boxes)} boxes: give one list an object")
+            for point in (p for points in self.points for p in points):
+                if np.shape(point) != (2,) or not all(math.isfinite(v) for v in point):
+                    raise ValueError(f"target point {point!r}: points are per object, [[[x, y], ...], ...]")
+        if self.masks is not None and len(self.masks) != len(self.boxes):
+            raise ValueError(f"{len(self.masks)} masks for {len(self.boxes)} boxes: give one mask an object")
+        for name, value in (("image_size", (int(size[0]), int(size[1]))), ("frames", self._frame_targets())):
+            object.__setattr__(self, name, value)
+
+    def _frame_targets(self):
+        if self.frames is None:
+            return None
+        return {k: v if isinstance(v, FrameTarget) else FrameTarget(**v) for k, v in self.frames.items()}
+
+    def __getstate__(self):  # what is computed lazily stays behind when a target travels
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"_cache": {}}
+
+    def __len__(self):
+        return len(self.boxes)
+
+    def cached(self, key, compute):
+        """`compute()` once per key: the completions of a group share what depends on the target alone."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
+
+    def boxes_N4(self) -> np.ndarray:
+        return self.cached("boxes", lambda: np.array(self.boxes, dtype=np.float64).reshape(-1, 4))
+
+    def points_N2(self) -> np.ndarray:
+        """First point of each object; MissingInput when one has none."""
+        if len(self) and (self.points is None or not all(len(p) for p in self.points)):
+            raise MissingInput("the point term needs a point of each object in target.points; set weights.point=0 to do without")
+        return self.cached("points", lambda: np.array([p[0] for p in self.points or ()], dtype=np.float64).reshape(-1, 2))
+
+    def masks_NHW(self, for_term: str) -> np.ndarray:
+        """bool (N, H, W); MissingInput when there are objects and no masks."""
+        if self.masks is None and len(self):
+            raise MissingInput(f"the {for_term} term needs target.masks; set its weight to 0 to do without")
+        return self.cached("masks", lambda: mask_stack([] if self.masks is None else self.masks, self.image_size, "target.masks"))
+
+    def union_HW(self, for_term: str) -> np.ndarray:
+        masks = self.masks_NHW(for_term)
+        return self.cached("union", lambda: masks.any(axis=0))
+
+    def frame_union(self, frame) -> np.ndarray:
+        """bool (H, W): union of the objects on a shown frame; its own size is allowed, all zero where none is there."""
+        given = self.frames[frame].masks
+        if given is None:
+            raise MissingInput(f"the keyframe and video_iou terms need masks in target.frames[{frame!r}]")
+        return self.cached(("frame", frame), lambda: union_of(given, f"target.frames[{frame!r}].masks", self._frames_hw()))
+
+    def _frames_hw(self):
+        """Size of the masks of the shown frames, for a frame on which nothing is present."""
+        for frame in self.frames.values():
+            if frame.masks is not None and (isinstance(frame.masks, dict) or any(m is not None for m in frame.masks)):
+                return union_of(frame.masks, "target.frames", self.image_size).shape
+        return self.image_size
+
+
+def mask_stack(masks, size_hw, what: str) -> np.ndarray:
+    """Masks in any accepted form -> bool (N, H, W). None stands for an empty mask. ValueError on another size."""
+    if isinstance(masks, np.ndarray) and masks.ndim == 3:
+        if masks.shape[1:] != tuple(size_hw):
+            raise ValueError(f"{what} are {masks.shape[1:]}, the target frame is {tuple(size_hw)} (height, width)")
+        return masks.astype(bool, copy=False)
+    out = np.zeros((len(masks), *size_hw), dtype=bool)
+    for n, mask in enumerate(masks):
+        if mask is None:
+            continue
+        mask = _decoded(mask)
+        if mask.shape != tuple(size_hw):
+            raise ValueError(f"{what}[{n}] is {mask.shape}, the target frame is {tuple(size_hw)} (height, width)")
+        out[n] = mask
+    return out
+
+
+def union_of(masks, what: str, empty_hw) -> np.ndarray:
+    """One mask (H, W), or several in any accepted form -> bool (H, W) of their union; zeros of `empty_hw` for none."""
+    if isinstance(masks, dict) or (isinstance(masks, np.ndarray) and masks.ndim == 2):
+        return _decoded(masks)
+    present = [_decoded(m) for m in masks if m is not None]
+    if not present:
+        return np.zeros(empty_hw, dtype=bool)
+    if len({m.shape for m in present}) > 1:
+        raise ValueError(f"{what} differ in size: {sorted({m.shape for m in present})}")
+    return np.logical_or.reduce(present)
+
+
+def _decoded(mask) -> np.ndarray:
+    if isinstance(mask, dict):
+        from segmentation_service.masks import decode_rle
+
+        mask = decode_rle(mask)
+    return np.asarray(mask).astype(bool, copy=False)

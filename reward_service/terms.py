@@ -1,0 +1,62 @@
+"""The reward terms of `videoseg_r1` as pure functions: numbers in, numbers in 0..1 out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def above(overlap, threshold: float, grading: str):
+    """Overlap -> 1 where it is greater than the threshold (strictly), else 0; graded: the overlap itself."""
+    overlap = np.asarray(overlap, dtype=np.float64)
+    return overlap if grading == "graded" else (overlap > threshold).astype(np.float64)
+
+
+def below(distance, threshold: float, grading: str, reach: float):
+    """Distance -> 1 where it is less than the threshold (strictly), else 0.
+
+    Graded (ours): 1 at distance 0, falling linearly to 0 at `reach` thresholds. A threshold of 0 rewards nothing.
+    """
+    distance = np.asarray(distance, dtype=np.float64)
+    if grading == "graded":
+        return np.clip(1.0 - distance / (reach * threshold), 0.0, 1.0) if threshold > 0 else np.zeros_like(distance)
+    return (distance < threshold).astype(np.float64)
+
+
+def negative_points(distances_K, tau: float, grading: str, reach: float) -> float:
+    """Share of the K predicted negative points with 0 < d <= tau; 0 when K = 0. Source: VideoSeg-R1's tau_neg, 40 px.
+
+    distances_K: L1 distance of each point to the nearest pixel of any true mask (inf: out of the image, nothing to find).
+    A point on the target (d = 0) earns nothing. Graded (ours): 1 up to tau, then linearly to 0 at `reach` x tau.
+    """
+    d = np.asarray(distances_K, dtype=np.float64)
+    if len(d) == 0:
+        return 0.0
+    earned = (d > 0) & (d <= tau)
+    if grading == "graded" and reach > 1 and tau > 0:
+        ramp = np.clip(1.0 - (d - tau) / ((reach - 1.0) * tau), 0.0, 1.0)
+        earned = np.where(d > tau, ramp, earned)
+    return float(earned.mean())
+
+
+def no_repeat(text: str, max_repeats: int = 2) -> float:
+    """1 unless at least `max_repeats` sentences were said before.
+
+    Sentences are what stands between full stops, stripped, empty ones dropped (VisionReasoner; a decimal point splits
+    too, which the coordinates 10.5, 10.5, 10.5 of an answer turn into repeats).
+    """
+    seen, repeats = set(), 0
+    for sentence in text.split("."):
+        sentence = sentence.strip()
+        if not sentence:
+            continue
+        repeats += sentence in seen
+        if repeats >= max_repeats:
+            return 0.0
+        seen.add(sentence)
+    return 1.0
+
+
+def union_iou(predicted_HW, true_HW) -> float:
+    """IoU of two masks; 1 when both are empty (J's convention)."""
+    either = np.count_nonzero(predicted_HW | true_HW)
+    return np.count_nonzero(predicted_HW & true_HW) / either if either else 1.0

@@ -1,0 +1,549 @@
+"""vLLM as a rollout engine: completions with log-probs and weight versions, pausing, weight updates, caches, fingerprints.
+
+`RolloutEngine` is a plain async class round vLLM's `AsyncLLM`; `rollout.actor` makes a Ray actor of it. vLLM is imported when
+the engine starts, so this module is cheap to import.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rollout import weight_transfer
+from rollout.banned_tokens import banned_token_ids
+from rollout.config import RolloutConfig, SamplingConfig, resolve_device, resolve_dtype, resolve_weight_sync
+
+
+class EngineBroken(RuntimeError):
+    """The engine must not be used any more (a weight update failed half-way, or vLLM's process died): kill it and start another."""
+
+
+class PromptRejected(ValueError):
+    """A prompt that the engine cannot answer as it stands: too long, too many images, or expanded differently by vLLM."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer.
+
+    `logprobs[t]` is the log-probability of `token_ids[t]` under the distribution that was sampled from:
+    `log_softmax(logits.float().masked_fill(banned, -inf) / temperature)`. Banned ids (`fingerprints()["banned_token_ids"]`)
+    are out of the normalisation, so a learner matches these numbers by masking the same ids to -inf, dividing by the same
+    temperature and taking the log-softmax in float32. Greedy completions (temperature 0) carry log-probs at temperature 1.
+    With top_p < 1 the normalisation also leaves out the cut tokens, which a learner cannot repeat.
+    """
+
+    token_ids: np.ndarray  # int32 (R,), the end token included if there is one
+    logprobs: np.ndarray  # float32 (R,)
+    text: str  # without the end token; other special tokens stay visible
+    finish_reason: str  # "stop", "length" or "abort"
+    weight_versions: tuple[tuple[str, int], ...]  # (version, number of tokens) spans, in order
+    seed: int | None
+
+
+class RolloutEngine:
+    """One vLLM engine for one policy.
+
+    `model` is a checkpoint folder or hub id; `dtype` "auto|float32|bfloat16"; `device` "auto|cpu|cuda". Nothing starts before
+    `ready()`. All methods are coroutines of one event loop.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        config: RolloutConfig | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        seed: int = 0,
+        shares_gpu_with_learner: bool = True,
+    ):
+        self.model = str(model)
+        self.config = config or RolloutConfig()
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.weight_sync = resolve_weight_sync(self.config.weight_sync, self.device, shares_gpu_with_learner=shares_gpu_with_learner)
+        self.seed = seed
+        self._llm = None
+        self._broken: str | None = None
+        self._labels = itertools.count()
+        self._in_flight: dict[str, set[str]] = {}
+        self._updating = False
+        self._report: dict = {}
+        self._stats = {"prompts": 0, "completions": 0, "prompt_tokens": 0, "response_tokens": 0, "weight_updates": 0, "weight_update_seconds": 0.0}
+
+    # ---- life ----
+
+    async def ready(self) -> dict:
+        """Start vLLM if it is not running; `{"model", "device", "dtype", "weight_sync", "versions", "seconds", ...}`."""
+        if self._llm is None:
+            self._start()
+            await self._llm.update_weight_version("initial")
+        self._check()
+        return self._report
+
+    def _start(self) -> None:
+        started = time.perf_counter()
+        from transformers import AutoConfig, AutoTokenizer
+
+        local = os.path.isdir(self.model)
+        if not local and (os.path.isabs(self.model) or self.model.startswith(".") or self.model.count("/") != 1):
+            raise FileNotFoundError(f"policy {self.model!r} is not a folder; give the path of a checkpoint or a hub id like Qwen/Qwen2.5-VL-7B-Instruct")
+        model_config = AutoConfig.from_pretrained(self.model)
+        if getattr(model_config, "image_token_id", None) is None or getattr(model_config, "vision_config", None) is None:
+            raise ValueError(f"policy {self.model!r} is a {model_config.model_type!r} model without images; use a Qwen2.5-VL or Qwen3-VL checkpoint")
+        self._tokenizer = AutoTokenizer.from_pretrained(self.model)
+        self._banned = banned_token_ids(self._tokenizer, model_config)
+        with _environment(self._environment()):
+            import vllm
+            from vllm.v1.engine.async_llm import AsyncLLM
+
+            if not any(point.value.startswith(weight_transfer.__name__ + ":") for point in _plugins()):
+                raise RuntimeError(
+                    "vLLM does not see the plugin of videoseg-r1 (entry point videoseg_weight_transfer): install the project, e.g. pip install -e ."
+                )
+            vllm_config = self._engine_args().create_engine_config()
+            self._llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True)
+        self._report = {
+            "model": self.model,
+            "device": self.device,
+            "dtype": self.dtype,
+            "weight_sync": self.weight_sync,
+            "versions": {name: _version(name) for name in ("vllm", "torch", "transformers")},
+            "max_sequences": vllm_config.scheduler_config.max_num_seqs,
+            "kv_cache_tokens": (vllm_config.cache_config.num_gpu_blocks or 0) * vllm_config.cache_config.block_size,
+            "seconds": time.perf_counter() - started,
+        }
+
+    def _environment(self) -> dict[str, str]:
+        variables = {"VLLM_LOGGING_LEVEL": self.config.log_level, weight_transfer.EXIT_WITH_PARENT: "1"}
+        if self.device == "cpu":
+            # With multiprocessing "on" the CPU platform swaps the in-process executor for one more process; AsyncLLM's
+            # engine core is a child process either way.
+            variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            variables["OMP_NUM_THREADS"] = str(self.config.cpu_threads or 1)
+            if self._eager:
+                # The sampler's helpers are compiled even in eager mode: 15 s of C++ compiler at the first request.
+                variables["TORCHDYNAMO_DISABLE"] = "1"
+        elif self.weight_sync == "ipc":
+            variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # IPC handles reach the engine core by pickle
+        return variables
+
+    @property
+    def _eager(self) -> bool:
+        return self.device == "cpu" if self.config.enforce_eager is None else self.config.enforce_eager
+
+    def _engine_args(self):
+        from vllm import AsyncEngineArgs
+
+        from rollout.banned_logits import CONFIG_KEY, BannedTokens
+
+        config, cpu = self.config, self.device == "cpu"
+        kv_cache_gb = config.kv_cache_gb or (1.0 if cpu else None)
+        options = dict(
+            model=self.model,
+            dtype=self.dtype,
+            seed=self.seed,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_sequences or (128 if cpu else 256),
+            max_num_batched_tokens=max(config.max_batched_tokens, config.max_model_len if not config.prefix_caching else 0),
+            enforce_eager=self._eager,
+            enable_prefix_caching=config.prefix_caching,
+            mm_processor_cache_gb=config.mm_processor_cache_gb,
+            limit_mm_per_prompt={"image": config.max_images, "video": 0},
+            skip_mm_profiling=cpu,
+            logprobs_mode="processed_logprobs",
+            logits_processors=[f"{BannedTokens.__module__}:{BannedTokens.__qualname__}"],
+            additional_config={CONFIG_KEY: list(self._banned)},
+            weight_transfer_config={"backend": self.weight_sync},
+            tensor_parallel_size=config.tensor_parallel,
+            distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
+            enable_log_requests=False,
+            disable_log_stats=True,
+        )
+        if self.weight_sync == weight_transfer.BACKEND:
+            options["worker_extension_cls"] = f"{weight_transfer.__name__}.{weight_transfer.ReceivedWeights.__qualname__}"
+        if kv_cache_gb:
+            options["kv_cache_memory_bytes"] = int(kv_cache_gb * 2**30)
+        if config.block_size or cpu:
+            options["block_size"] = config.block_size or 32
+        if not cpu:
+            options["gpu_memory_utilization"] = config.gpu_memory_utilization
+            options["enable_sleep_mode"] = config.sleep
+        return AsyncEngineArgs(**options)
+
+    async def shutdown(self) -> None:
+        """Stop vLLM and its processes; the engine cannot be started again."""
+        llm, self._llm = self._llm, None
+        self._broken = self._broken or "it was shut down"
+        if llm is not None:
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()  # else it logs the end of the engine's process as a failure
+            # On a CPU nothing is worth the seconds of an orderly exit; on a GPU the process should free its memory itself.
+            llm.shutdown(timeout=0.2 if self.device == "cpu" else 10.0)
+
+    def _check(self) -> None:
+        if self._broken:
+            raise EngineBroken(f"this rollout engine must not be used any more: {self._broken}; kill it and start another")
+        if self._llm is None:
+            raise RuntimeError("this rollout engine has not started; await ready() first")
+
+    # ---- generation ----
+
+    async def generate(
+        self, prompt, n: int, sampling: SamplingConfig, seeds: Sequence[int] | None = None, label: str | None = None
+    ) -> list[Completion]:
+        """`n` completions of one prompt (`rollout.prompts.Prompt`), the i-th drawn with `seeds[i]`.
+
+        The prompt is processed once (images too); each completion is a vLLM request of its own that shares the prompt's KV by
+        prefix caching. vLLM's own n > 1 would make the same requests, but with the seeds s, s+1, …, which neighbouring
+        prompts would share. Raises PromptRejected or EngineBroken. `label` names the requests for `abort`.
+        """
+        (completions,) = await self._run([(prompt, n, sampling, seeds, label)])
+        return completions
+
+    async def generate_in_order(self, requests: Sequence[tuple]) -> list[list[Completion]]:
+        """Deterministic mode: all `(prompt, n, sampling, seeds)` of a step, enqueued in this order before the first token is drawn.
+
+        The engine must be idle. Caches are reset first, so the result does not depend on what the engine did before.
+        """
+        self._check()
+        if self._in_flight:
+            raise RuntimeError(f"generate_in_order needs an idle engine, but {len(self._in_flight)} groups are in flight")
+        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        try:
+            return await self._run([(*request, None) for request in requests], resume=True)
+        finally:
+            await self._llm.resume_generation()
+
+    async def _run(self, groups: Sequence[tuple], resume: bool = False) -> list[list[Completion]]:
+        self._check()
+        labels, collectors = [], []
+        try:
+            for prompt, n, sampling, seeds, label in groups:
+                params = self._sampling_params(prompt, n, sampling, seeds)
+                engine_input = await self._render(prompt)
+                label = f"{label or prompt.episode_id}#{next(self._labels)}"
+                labels.append(label)
+                requests = self._in_flight.setdefault(label, set())
+                for i, one in enumerate(params):
+                    collector = await self._llm.add_request(f"{label}/{i}", engine_input, one)
+                    requests.add(collector.request_id)
+                    collectors.append(collector)
+            if resume:
+                await self._llm.resume_generation()
+            outputs = [await _final(collector) for collector in collectors]
+        except BaseException as error:
+            # Cancelled or failed half-way: none of these requests may go on unseen.
+            pending = [request for label in labels for request in self._in_flight[label]]
+            if pending and self._llm is not None and not self._llm.errored:
+                await self._llm.abort(pending, internal=True)
+            if self._llm is not None and self._llm.errored:
+                self._broken = self._broken or f"vLLM's engine process died ({type(error).__name__}: {error}); its own log says why"
+                raise EngineBroken(self._broken) from error
+            raise
+        finally:
+            for label in labels:
+                self._in_flight.pop(label, None)
+        outputs = iter(outputs)
+        return [self._completions(prompt, n, seeds, outputs) for prompt, n, _, seeds, _ in groups]
+
+    def _completions(self, prompt, n: int, seeds, outputs: Iterator) -> list[Completion]:
+        completions = [self._completion(next(outputs), seed) for seed in (seeds if seeds is not None else [None] * n)]
+        self._stats["prompts"] += 1
+        self._stats["prompt_tokens"] += len(prompt.token_ids)
+        self._stats["completions"] += n
+        self._stats["response_tokens"] += sum(len(completion.token_ids) for completion in completions)
+        return completions
+
+    def _completion(self, output, seed: int | None) -> Completion:
+        token_ids = np.asarray(output.token_ids, np.int32)
+        logprobs = np.asarray(output.logprobs.logprobs if output.logprobs is not None else (), np.float32)
+        stopped_by_token = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
+        text_ids = token_ids[:-1] if stopped_by_token else token_ids
+        spans = tuple((span.version, span.end - span.start) for span in output.weight_versions or ())
+        return Completion(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            text=self._tokenizer.decode(text_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+            finish_reason=output.finish_reason,
+            weight_versions=spans,
+            seed=seed,
+        )
+
+    def _sampling_params(self, prompt, n: int, sampling: SamplingConfig, seeds: Sequence[int] | None) -> list:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if n < 1 or (seeds is not None and len(seeds) != n):
+            raise ValueError(f"generate got n = {n} and {'no' if seeds is None else len(seeds)} seeds; give n >= 1 and one seed for each completion")
+        if seeds is not None and any(not 0 <= seed < 2**63 for seed in seeds):
+            raise ValueError(f"seeds are {list(seeds)}; each must be at least 0 and below 2^63")
+        room = self.config.max_model_len - len(prompt.token_ids)
+        if room < sampling.max_response_tokens:
+            raise PromptRejected(
+                f"episode {prompt.episode_id}: a prompt of {len(prompt.token_ids)} tokens and up to {sampling.max_response_tokens} response tokens "
+                f"do not fit rollout.max_model_len = {self.config.max_model_len}; raise it, or show fewer or smaller frames"
+            )
+        if len(prompt.images) > self.config.max_images:
+            raise PromptRejected(f"episode {prompt.episode_id}: {len(prompt.images)} images, more than rollout.max_images = {self.config.max_images}")
+        return [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_response_tokens,
+                seed=None if sampling.temperature == 0 else seed,
+                stop=list(sampling.stop),
+                stop_token_ids=list(sampling.stop_token_ids),
+                include_stop_str_in_output=True,
+                ignore_eos=sampling.ignore_eos,
+                logprobs=0,  # the sampled token's only
+                flat_logprobs=True,
+                detokenize=bool(sampling.stop),  # decoded once at the end instead; stop strings need it in each step
+                skip_special_tokens=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            for seed in (seeds if seeds is not None else [None] * n)
+        ]
+
+    async def _render(self, prompt):
+        """Token ids and processed images, once for all completions of a group. Images are not resized (they are at size)."""
+        from PIL import Image
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+        raw = {
+            "prompt_token_ids": [int(token) for token in prompt.vllm_token_ids],
+            "multi_modal_data": {"image": [Image.fromarray(image) for image in prompt.images]},
+            "mm_processor_kwargs": {"do_resize": False},
+        }
+        (engine_input,) = await self._llm.renderer.render_cmpl_async([parse_model_prompt(self._llm.model_config, raw)])
+        expanded = np.asarray(engine_input["prompt_token_ids"])
+        if not np.array_equal(expanded, prompt.token_ids):
+            raise PromptRejected(
+                f"episode {prompt.episode_id}: vLLM expands the prompt to {len(expanded)} tokens, the prompt itself says {len(prompt.token_ids)}; "
+                "patch and merge sizes, or the tokenizer, differ between engine and prompt builder"
+            )
+        return engine_input
+
+    async def abort(self, label: str | None = None) -> int:
+        """End all requests (or those of one label) now; their `generate` calls return what there is, with finish_reason "abort"."""
+        self._check()
+        pending = [request for name, requests in self._in_flight.items() if label is None or name.rpartition("#")[0] == label for request in requests]
+        if pending:
+            await self._llm.abort(pending, internal=True)
+        return len(pending)
+
+    async def pause(self, mode: str = "keep", clear_cache: bool = False) -> None:
+        """Stop drawing tokens: "keep" freezes requests, "wait" lets them finish, "abort" ends them. New ones queue until `resume`."""
+        self._check()
+        await self._llm.pause_generation(mode=mode, clear_cache=clear_cache)
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        self._check()
+        await self._llm.resume_generation()
+
+    async def reset_caches(self) -> None:
+        """Forget all KV prefixes, processed images and encoder outputs; needed after each weight update (old weights made them)."""
+        self._check()
+        if not await self._llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache cannot be reset while requests run; pause the engine with clear_cache=True, or let them finish")
+        await self._llm.reset_mm_cache()
+        await self._llm.reset_encoder_cache()
+
+    async def sleep(self, level: int = 1) -> bool:
+        """Give GPU memory back (1: weights to host memory, 2: weights dropped, a full sync must follow). False, doing nothing, where sleep is off."""
+        self._check()
+        if self.device == "cpu" or not self.config.sleep:
+            return False
+        await self._llm.sleep(level=level)
+        return True
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> bool:
+        """Take the memory again: `["weights"]` before a weight update, `["kv_cache"]` after it, none for all. False where sleep is off."""
+        self._check()
+        if self.device == "cpu" or not self.config.sleep:
+            return False
+        await self._llm.wake_up(list(tags) if tags is not None else None)
+        return True
+
+    # ---- weights ----
+
+    async def begin_weight_sync(self, mode: str = "keep") -> None:
+        """Pause (requests in flight: "keep", "wait" or "abort"), drop all caches and open the model for new weights.
+
+        With `object_store`, `receive_weights` follows for every bucket; with `ipc` and `nccl`, the learner's
+        `send_weights()` of vLLM's trainer API drives the four methods below instead. `finish_weight_sync` ends both.
+        """
+        self._check()
+        if self._updating:
+            raise RuntimeError("a weight update is in progress already; finish it first")
+        self._updating, self._update_started = True, time.perf_counter()
+        await self._step("pausing", self._llm.pause_generation(mode=mode, clear_cache=True))
+        if self.weight_sync == weight_transfer.BACKEND:
+            await self.start_weight_update()
+
+    async def receive_weights(self, bucket: Mapping, complete: bool = True) -> str:
+        """Load one bucket (see `rollout.weight_transfer`); the SHA-256 (hex) of the bytes that the engine's process read.
+
+        `complete=False` allows an update that leaves whole layers as they are (frozen parts of the policy).
+        """
+        self._check()
+        if self.weight_sync != weight_transfer.BACKEND:
+            raise RuntimeError(f"receive_weights is for weight_sync object_store; this engine uses {self.weight_sync}")
+        if not self._updating:
+            raise RuntimeError("no weight update is in progress; call begin_weight_sync first")
+        if "index" not in bucket or "data" not in bucket:
+            bucket = weight_transfer.pack_bucket(bucket)
+        weight_transfer.check_bucket(bucket)
+        names, dtypes, shapes, offsets = zip(*bucket["index"])
+        path = await asyncio.to_thread(weight_transfer.write_bucket, bucket)
+        try:
+            info = dict(path=path, names=names, dtype_names=dtypes, shapes=[list(shape) for shape in shapes], offsets=offsets, complete=complete)
+            await self._step("loading weights", self._llm.collective_rpc("update_weights", kwargs={"update_info": info}))
+            (received,) = await self._step("reading digests", self._llm.collective_rpc("received_weights"))
+        finally:
+            os.unlink(path)
+        return received["digests"][-1]
+
+    async def finish_weight_sync(self, version: str | int) -> str:
+        """Close the update, label the weights `version`, drop caches, go on generating; returns the version vLLM reports."""
+        self._check()
+        if not self._updating:
+            raise RuntimeError("no weight update is in progress; call begin_weight_sync first")
+        if self.weight_sync == weight_transfer.BACKEND:
+            await self.finish_weight_update()
+        await self._step("setting the version", self._llm.update_weight_version(str(version)))
+        await self._step("resetting caches", self.reset_caches())
+        await self._step("resuming", self._llm.resume_generation())
+        self._updating = False
+        self._stats["weight_updates"] += 1
+        self._stats["weight_update_seconds"] += time.perf_counter() - self._update_started
+        return await self.weight_version()
+
+    async def _step(self, what: str, call: Awaitable):
+        """One call of a weight update, within the time limit; any failure breaks the engine (its model is half old, half new)."""
+        try:
+            return await asyncio.wait_for(call, self.config.sync_timeout_seconds)
+        except Exception as error:
+            cause = f"no answer in {self.config.sync_timeout_seconds:g} s" if isinstance(error, TimeoutError) else str(error)
+            self._broken = f"a weight update failed while {what}: {cause}"
+            raise EngineBroken(self._broken) from error
+
+    async def init_weight_transfer_engine(self, request) -> None:
+        """vLLM's `VLLMWeightSyncClient` protocol, part 1 of 4 (`ipc` and `nccl`): called by the learner's rank 0 through `TimedRayClient`."""
+        self._check()
+        await self._step("connecting to the learner", self._llm.init_weight_transfer_engine(request))
+
+    async def start_weight_update(self) -> None:
+        """Part 2 of 4: open the model for checkpoint-format weights."""
+        self._check()
+        await self._step("opening the model", self._llm.start_weight_update())
+
+    async def update_weights(self, request) -> None:
+        """Part 3 of 4: receive one chunk as vLLM's backend describes it."""
+        self._check()
+        await self._step("loading weights", self._llm.update_weights(request))
+
+    async def finish_weight_update(self) -> None:
+        """Part 4 of 4: close the model."""
+        self._check()
+        await self._step("closing the model", self._llm.finish_weight_update())
+
+    async def weight_version(self) -> str:
+        """The label of the weights in use ("initial" before the first update)."""
+        self._check()
+        return await self._llm.get_weight_version()
+
+    async def weights_checksum(self) -> str:
+        """SHA-256 (hex) over vLLM's own digests of all parameters, in its fused form. On a CPU, packed layers are not in it."""
+        self._check()
+        digests = await self._llm.compute_weight_checksums()
+        return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+    # ---- what it is ----
+
+    async def fingerprints(self) -> dict:
+        """What must be equal in engine, prompt builder and learner (see `policy_fingerprints`), from the engine's own objects."""
+        self._check()
+        return policy_fingerprints(self.model, tokenizer=self._llm.get_tokenizer(), vocab_size=self._llm.model_config.get_vocab_size())
+
+    async def stats(self) -> dict:
+        """Counts since the start: prompts, completions, tokens, weight updates and their seconds; in-flight groups."""
+        return {**self._stats, "in_flight": len(self._in_flight)}
+
+
+def policy_fingerprints(model: str, tokenizer=None, vocab_size: int | None = None) -> dict:
+    """SHA-256 (hex) of a policy's tokenizer, chat template and image processor, its vocabulary sizes, end tokens and banned ids.
+
+    Compare the dict of an engine with that of the folder that learner and prompt builder use: equal, or the run is wrong.
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
+
+    tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model)
+    vocab_size = vocab_size or config.get_text_config().vocab_size
+    processor = AutoImageProcessor.from_pretrained(model).to_dict()
+    try:
+        end = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        end = config.get_text_config().eos_token_id
+    return {
+        "tokenizer": _sha256({"vocabulary": tokenizer.get_vocab(), "backend": json.loads(tokenizer.backend_tokenizer.to_str())}),
+        "chat_template": _sha256(tokenizer.chat_template),
+        "processor": _sha256({key: processor.get(key) for key in _PROCESSOR_KEYS}),
+        "model_type": config.model_type,
+        "vocab_size": int(vocab_size),
+        "tokenizer_size": len(tokenizer),
+        "end_token_ids": sorted({int(token) for token in (end if isinstance(end, list) else [end]) if token is not None} | {tokenizer.eos_token_id}),
+        "banned_token_ids": list(banned_token_ids(tokenizer, config, vocab_size)),
+    }
+
+
+_PROCESSOR_KEYS = ("image_processor_type", "patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std", "rescale_factor", "do_rescale", "do_normalize")
+
+
+def _sha256(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+async def _final(collector):
+    """The finished output of one vLLM request (there is only one, `FINAL_ONLY`)."""
+    while True:
+        output = collector.get_nowait() or await collector.get()
+        if output.finished:
+            return output.outputs[0]
+
+
+def _plugins():
+    from importlib.metadata import entry_points
+
+    return entry_points(group="vllm.general_plugins")
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in (package, f"{package}-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return None
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]):
+    """Set variables for the processes started inside, then put the environment back (vLLM itself adds LD_PRELOAD and more)."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

@@ -1,0 +1,187 @@
+"""Episodes: one query about one video with its target masks, stored as Parquet.
+
+A data set is a folder with `*.parquet` shards; media paths in it are relative to that folder. Masks are COCO run-length
+encoded; boxes (integer, inclusive corners) and points (inside the mask) are derived once, when the data set is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from segmentation_service.masks import decode_rle, encode_rle, mask_to_box, mask_to_point
+
+SCHEMA_VERSION = "1"
+
+_ANNOTATION = pa.struct(
+    [("frame", pa.int32()), ("counts", pa.string()), ("area", pa.int32()), ("box", pa.list_(pa.int32())), ("point", pa.list_(pa.int32()))]
+)
+_OBJECT = pa.struct([("object_id", pa.string()), ("annotations", pa.list_(_ANNOTATION))])
+SCHEMA = pa.schema(
+    [
+        ("episode_id", pa.string()),  # unique in the data set
+        ("source", pa.string()),  # benchmark or generator
+        ("split", pa.string()),
+        ("video_id", pa.string()),
+        ("video", pa.string()),  # folder of frames or video file, relative to the data set
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("num_frames", pa.int32()),
+        ("fps", pa.float32()),
+        ("query", pa.string()),
+        ("difficulty", pa.float32()),  # mean of the ratings, 1..10; null where not rated
+        ("annotated_frames", pa.list_(pa.int32())),  # frames whose masks are known, also where no target is in view
+        ("objects", pa.list_(_OBJECT)),  # targets; empty: nothing in the video fits the query
+    ],
+    metadata={"schema_version": SCHEMA_VERSION},
+)
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message names the file, the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One target in one frame; frames in which it cannot be seen have no annotation."""
+
+    frame: int
+    counts: str  # compressed COCO RLE of a mask of the episode's size
+    area: int  # pixels
+    box: tuple[int, int, int, int]
+    point: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TargetObject:
+    object_id: str
+    annotations: tuple[Annotation, ...]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One row of a data set; the fields are the columns of `SCHEMA`. `root` is the data set's folder."""
+
+    episode_id: str
+    source: str
+    split: str
+    video_id: str
+    video: str
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    query: str
+    difficulty: float | None
+    annotated_frames: tuple[int, ...]
+    objects: tuple[TargetObject, ...]
+    root: str = "."
+
+    @property
+    def video_path(self) -> Path:
+        return Path(self.root) / self.video
+
+    def visible(self, frame: int) -> list[Annotation]:
+        """The targets' annotations in this frame, in the order of the objects."""
+        return [a for o in self.objects for a in o.annotations if a.frame == frame]
+
+    def masks(self, frame: int) -> np.ndarray:
+        """Masks of the targets that can be seen in this frame: bool (N, H, W)."""
+        size = [self.height, self.width]
+        masks = [decode_rle({"size": size, "counts": a.counts}) for a in self.visible(frame)]
+        return np.stack(masks) if masks else np.zeros((0, *size), bool)
+
+    def target_frames(self, min_share: float = 0.001) -> list[int]:
+        """Annotated frames in which the targets cover at least `min_share` of the picture; all annotated frames of a
+        query without a target."""
+        if not self.objects:
+            return list(self.annotated_frames)
+        least = min_share * self.height * self.width
+        area = {t: 0 for t in self.annotated_frames}
+        for a in (a for o in self.objects for a in o.annotations):
+            area[a.frame] += a.area
+        return [t for t in self.annotated_frames if area[t] >= least and area[t] > 0]
+
+
+def annotate(frame: int, mask_HW: np.ndarray) -> Annotation | None:
+    """The annotation of a mask, or None if it is empty."""
+    if not mask_HW.any():
+        return None
+    box, point = mask_to_box(mask_HW), mask_to_point(mask_HW)
+    return Annotation(frame, encode_rle(mask_HW)["counts"], int(mask_HW.sum()), tuple(map(int, box)), tuple(map(int, point)))
+
+
+def write_episodes(episodes: Iterable[Episode], path: Path, rows_per_group: int = 256) -> int:
+    """Writes one shard (to a temporary name, then renamed); returns the number of episodes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, count = path.with_suffix(".partial"), 0
+    with pq.ParquetWriter(partial, SCHEMA) as writer:
+        rows: list[dict] = []
+        for count, episode in enumerate(episodes, 1):
+            row = asdict(episode)
+            del row["root"]
+            rows.append(row)
+            if len(rows) == rows_per_group:
+                writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+                rows = []
+        if rows:
+            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+    os.replace(partial, path)
+    return count
+
+
+def shards(path: str | Path) -> list[Path]:
+    """The Parquet files of a data set (a folder, or a single file), checked against the schema.
+
+    Raises `DataError` if there are none, one cannot be read, or a column is missing or of another type.
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
+    if not files:
+        raise DataError(f"{path}: no Parquet files here; make the toy data with `videoseg data toy {path}` or import a data set")
+    for file in files:
+        try:
+            schema = pq.read_schema(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{file} is not a readable Parquet file ({error}); write it again") from error
+        missing = [name for name in SCHEMA.names if name not in schema.names]
+        if missing:
+            raise DataError(f"{file}: column {', '.join(missing)} is missing; episodes need {', '.join(SCHEMA.names)}")
+        wrong = [f"{f.name} is {schema.field(f.name).type}, not {f.type}" for f in SCHEMA if schema.field(f.name).type != f.type]
+        if wrong:
+            raise DataError(f"{file}: {'; '.join(wrong)}; import the data set again with this version")
+    return files
+
+
+def read_episodes(path: str | Path) -> Iterator[Episode]:
+    """All episodes in the order of the files, read one row group at a time."""
+    root = str(path if Path(path).is_dir() else Path(path).parent)
+    for file in shards(path):
+        with pq.ParquetFile(file) as parquet:
+            for group in range(parquet.num_row_groups):
+                for row in parquet.read_row_group(group, SCHEMA.names).to_pylist():
+                    yield _episode(row, root)
+
+
+def _episode(row: dict, root: str) -> Episode:
+    objects = tuple(
+        TargetObject(o["object_id"], tuple(Annotation(**a | {"box": tuple(a["box"]), "point": tuple(a["point"])}) for a in o["annotations"]))
+        for o in row["objects"]
+    )
+    return Episode(**row | {"objects": objects, "annotated_frames": tuple(row["annotated_frames"]), "root": root})
+
+
+def fingerprint(path: str | Path) -> str:
+    """Identifies a data set by the names and contents of its shards: 16 hex digits."""
+    digest = hashlib.sha256()
+    for file in shards(path):
+        with file.open("rb") as handle:
+            digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,116 @@
+"""Weights from the Ray object store into vLLM on a CPU, as an engine of vLLM's own weight-transfer API.
+
+vLLM's engine core is a child process of the rollout actor, not a Ray worker, so it cannot read the object store. The actor
+takes a bucket from the store and writes its bytes to a file in shared memory (`write_bucket`); the child maps the file,
+hashes what it sees, and loads the tensors by layerwise reload (the CPU build packs weights, so a plain load does not work).
+
+A bucket is plain data, so that learner and rollout need not share code:
+`{"data": uint8 array (N,), "index": [(name, dtype, shape, offset), ...]}` with Hugging Face parameter names, dtypes like
+"float32" or "bfloat16", offsets in bytes. A mapping of names to NumPy arrays is a bucket too (see `pack_bucket`).
+
+`register` is the `vllm.general_plugins` entry point: vLLM calls it in the actor and in every process that it starts.
+"""
+
+import hashlib
+import math
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+BACKEND = "object_store"
+EXIT_WITH_PARENT = "VIDEOSEG_EXIT_WITH_PARENT"  # set by RolloutEngine while it starts vLLM
+_ALIGNMENT = 64
+
+
+class BucketError(ValueError):
+    """A bucket of weights is not what was promised: its index does not fit its bytes."""
+
+
+def pack_bucket(tensors: Mapping):
+    """One flat bucket `{"data", "index"}` of named NumPy arrays; offsets are multiples of 64 bytes."""
+    import numpy as np
+
+    index, offset = [], 0
+    for name, array in tensors.items():
+        index.append((name, str(array.dtype), tuple(int(n) for n in array.shape), offset))
+        offset += math.ceil(array.nbytes / _ALIGNMENT) * _ALIGNMENT
+    data = np.zeros(offset, np.uint8)
+    for (_, _, _, start), array in zip(index, tensors.values()):
+        data[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return {"data": data, "index": index}
+
+
+def bucket_digest(bucket: Mapping) -> str:
+    """SHA-256 (hex) of a flat bucket's bytes: what the sender compares with what `receive_weights` returns."""
+    return hashlib.sha256(memoryview(bucket["data"]).cast("B")).hexdigest()
+
+
+def check_bucket(bucket: Mapping) -> None:
+    """Raise BucketError unless every tensor of the index lies inside the bucket's bytes."""
+    import torch
+
+    size = bucket["data"].nbytes
+    if not bucket["index"]:
+        raise BucketError("a bucket of weights holds no tensor; send only buckets with at least one")
+    for name, dtype, shape, offset in bucket["index"]:
+        element = getattr(torch, str(dtype), None)
+        if not isinstance(element, torch.dtype):
+            raise BucketError(f"weight {name!r} has dtype {dtype!r}; use a torch dtype name such as float32 or bfloat16")
+        end = offset + math.prod(shape) * element.itemsize
+        if offset < 0 or end > size:
+            raise BucketError(f"weight {name!r} needs bytes {offset} to {end}, but its bucket has {size}: the index does not fit the data")
+
+
+def write_bucket(bucket: Mapping) -> str:
+    """Write a flat bucket's bytes to a new file in shared memory and return its path; the caller removes it.
+
+    A file is written, not a mapping filled: where /dev/shm is small (containers), that is an error and not a SIGBUS.
+    """
+    size = bucket["data"].nbytes
+    folder = "/dev/shm" if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > size else None
+    handle, path = tempfile.mkstemp(prefix="videoseg-weights-", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(memoryview(bucket["data"]).cast("B"))
+    except BaseException:
+        os.unlink(path)
+        raise
+    return path
+
+
+class ReceivedWeights:
+    """vLLM worker extension: what the worker's weight-transfer engine received. Called by name through `collective_rpc`."""
+
+    def received_weights(self) -> dict:
+        """`{"digests": [sha256 of every bucket], "tensors": count, "elements": count}` of the update in progress or last finished."""
+        return self.weight_transfer_engine.received()
+
+
+def _exit_with_parent() -> None:
+    """Kill this process as soon as the one that started it is gone, even by SIGKILL: no orphans."""
+    import multiprocessing
+    import multiprocessing.connection
+    import signal
+
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch():
+        multiprocessing.connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="exit-with-parent", daemon=True).start()
+
+
+def register() -> None:
+    """Entry point of the `vllm.general_plugins` group; safe to call more than once."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, "rollout.object_store_engine", "ObjectStoreWeightTransferEngine")
+    if os.environ.get(EXIT_WITH_PARENT):
+        _exit_with_parent()

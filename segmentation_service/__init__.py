@@ -1,0 +1,1 @@
+"""Frozen SAM2 (and later XMem): prompts on a frame in, masks out. Imports nothing heavy by itself."""

@@ -1,0 +1,133 @@
+"""The segmenter: one frame and the prompts of many hypotheses in, masks out, with a single image encoding."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from .config import BACKENDS
+from .masks import encode_rle
+from .prompts import ObjectPrompt, clip_prompt
+
+__all__ = ["ObjectPrompt", "Sam2Backend", "Segmenter", "SegmenterStats"]
+
+
+class Sam2Backend(Protocol):
+    """What a program that runs SAM2 must offer. Frames are RGB uint8 (H, W, 3) of any size."""
+
+    def encode(self, frame_HW3: np.ndarray) -> Any:
+        """The embedding of a frame; opaque to the caller, and enough for `decode`."""
+
+    def decode(self, embedding: Any, prompts: Sequence[ObjectPrompt]) -> np.ndarray:
+        """Masks bool (N, H, W) at the frame's own size. Prompts lie inside the frame and are not empty (`clip_prompt`)."""
+
+
+@dataclass
+class SegmenterStats:
+    """Counters since the segmenter was made. prompts = decoded + deduplicated + empty."""
+
+    image_encodings: int = 0
+    prompts: int = 0
+    decoded: int = 0
+    deduplicated: int = 0
+    empty: int = 0
+    encode_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+class Segmenter:
+    """Frozen SAM2 for groups of hypotheses about one frame. Not thread-safe.
+
+    checkpoint: a Hugging Face folder or hub id; backend: one of `config.BACKENDS`, or an object that meets `Sam2Backend`
+    (then the other arguments do not matter). Raises CheckpointError where the checkpoint is missing, incomplete, or of
+    another architecture.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        backend: str | Sam2Backend = "transformers",
+        device: str = "auto",
+        dtype: str = "auto",
+        max_prompts_per_batch: int = 64,
+    ) -> None:
+        if not isinstance(backend, str):
+            self.backend = backend
+        elif backend == "transformers":
+            from .sam2_transformers import TransformersSam2  # torch takes seconds to import
+
+            self.backend = TransformersSam2.load(checkpoint, device, dtype, max_prompts_per_batch)
+        else:
+            raise ValueError(f"segmentation.backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        self._stats = SegmenterStats()
+
+    def segment_frame(self, frame_HW3: np.ndarray, hypotheses: Sequence[Sequence[ObjectPrompt]]) -> list[np.ndarray]:
+        """Masks for every object of every hypothesis about one frame.
+
+        frame_HW3: RGB uint8 (H, W, 3). Returns one bool array (N_i, H, W) a hypothesis, in the order of its N_i objects;
+        (0, H, W) where it has none. A prompt with nothing in the frame gets an empty mask (rule: `prompts.clip_prompt`)
+        and never disturbs the others. Equal prompts, after clipping, are decoded once. The frame is encoded once, or not
+        at all where no prompt is left. Raises ValueError where the frame, TypeError where a prompt is of the wrong kind.
+        """
+        masks_UHW, places = self._unique_masks(frame_HW3, hypotheses)
+        hw = frame_HW3.shape[:2]
+        result = []
+        for places_i in places:
+            masks_NHW = np.zeros((len(places_i), *hw), dtype=bool)
+            for n, place in enumerate(places_i):
+                if place is not None:
+                    masks_NHW[n] = masks_UHW[place]
+            result.append(masks_NHW)
+        return result
+
+    def segment_group(self, frame_HW3: np.ndarray, hypotheses: Sequence[Sequence[ObjectPrompt]]) -> list[list[dict]]:
+        """As `segment_frame`, with each mask as COCO RLE (`masks.decode_rle` reads it); equal masks are encoded once."""
+        masks_UHW, places = self._unique_masks(frame_HW3, hypotheses)
+        empty = encode_rle(np.zeros(frame_HW3.shape[:2], dtype=bool))
+        rles = [encode_rle(mask_HW) for mask_HW in masks_UHW]
+        return [[dict(empty if place is None else rles[place]) for place in places_i] for places_i in places]
+
+    def stats(self) -> dict[str, float]:
+        """The counters of `SegmenterStats` as a dictionary."""
+        return asdict(self._stats)
+
+    def _unique_masks(self, frame_HW3, hypotheses) -> tuple[np.ndarray, list[list[int | None]]]:
+        """Masks of the distinct prompts (U, H, W), and for each object of each hypothesis its place among them or None."""
+        _check_frame(frame_HW3)
+        hw = frame_HW3.shape[:2]
+        place_of: dict[ObjectPrompt, int] = {}
+        places: list[list[int | None]] = []
+        for hypothesis in hypotheses:
+            places_i: list[int | None] = []
+            for prompt in hypothesis:
+                if not isinstance(prompt, ObjectPrompt):
+                    raise TypeError(f"hypotheses are lists of ObjectPrompt; got a {type(prompt).__name__}: {str(prompt)[:80]}")
+                clipped = clip_prompt(prompt, hw)
+                places_i.append(None if clipped is None else place_of.setdefault(clipped, len(place_of)))
+            places.append(places_i)
+        asked = sum(map(len, places))
+        empty = sum(place is None for places_i in places for place in places_i)
+        self._stats.prompts += asked
+        self._stats.empty += empty
+        self._stats.decoded += len(place_of)
+        self._stats.deduplicated += asked - empty - len(place_of)
+        if not place_of:
+            return np.zeros((0, *hw), dtype=bool), places
+        start = time.perf_counter()
+        embedding = self.backend.encode(frame_HW3)
+        encoded = time.perf_counter()
+        masks_UHW = self.backend.decode(embedding, list(place_of))
+        self._stats.image_encodings += 1
+        self._stats.encode_seconds += encoded - start
+        self._stats.decode_seconds += time.perf_counter() - encoded
+        return masks_UHW, places
+
+
+def _check_frame(frame_HW3) -> None:
+    if not isinstance(frame_HW3, np.ndarray) or frame_HW3.dtype != np.uint8 or frame_HW3.ndim != 3 or frame_HW3.shape[2] != 3 or 0 in frame_HW3.shape:
+        kind = f"{frame_HW3.dtype} {frame_HW3.shape}" if isinstance(frame_HW3, np.ndarray) else type(frame_HW3).__name__
+        raise ValueError(f"a frame is an RGB uint8 array (H, W, 3); got {kind}")

@@ -1,0 +1,81 @@
+"""A tiny random Qwen2.5-VL folder and random samples for it: what the learner's tests train on."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from learner.batch import Sample, prompt_fingerprint
+
+VOCABULARY, IMAGE, VIDEO, START, END = 300, 290, 291, 292, 293
+BANNED = (IMAGE, VIDEO, START, END, *range(294, 300))
+
+
+def tiny_model(hidden=32, layers=2, vision=32, heads=4, key_heads=2, seed=0, tie=False, vocabulary=VOCABULARY, intermediate=None):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(seed)
+    width = hidden // heads
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate or 2 * hidden, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=key_heads, max_position_embeddings=4096, bos_token_id=None, eos_token_id=None,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[width // 2 - 2 * (width // 6), width // 6, width // 6]),
+        ),
+        vision_config=dict(
+            depth=2, hidden_size=vision, intermediate_size=2 * vision, num_heads=2, out_hidden_size=hidden, patch_size=14,
+            spatial_merge_size=2, window_size=56, fullatt_block_indexes=[1],
+        ),
+        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END, tie_word_embeddings=tie,
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms start at 1, which hides mistakes
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def save_policy(folder, **options) -> str:
+    from transformers import Qwen2VLImageProcessor
+
+    tiny_model(**options).save_pretrained(folder)
+    Qwen2VLImageProcessor(patch_size=14, merge_size=2, temporal_patch_size=2).save_pretrained(folder)
+    return str(folder)
+
+
+def random_samples(groups=3, completions=4, seed=0, images=2, image_hw=(56, 84), text=20, response=(1, 12), vary=True) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    samples = []
+    for group in range(groups):
+        count = images if not vary else int(rng.integers(1, images + 1)) if images else 0
+        pictures = tuple(rng.integers(0, 256, (*image_hw, 3), dtype=np.uint8) for _ in range(count))
+        grid = np.array([[1, image_hw[0] // 14, image_hw[1] // 14]] * count, np.int64).reshape(-1, 3)
+        ids = list(rng.integers(0, 280, 3))
+        for t, h, w in grid:
+            ids += [START, *[IMAGE] * (t * h * w // 4), END]
+        ids += list(rng.integers(0, 280, int(rng.integers(text // 2, text + 1)) if vary else text))
+        prompt = np.array(ids, np.int32)
+        for _ in range(completions):
+            length = int(rng.integers(response[0], response[1] + 1))
+            samples.append(
+                Sample(
+                    prompt, rng.integers(0, 280, length).astype(np.int32), rng.normal(-5.6, 0.3, length).astype(np.float32),
+                    float(rng.normal()), pictures, grid, group, prompt_fingerprint(prompt, pictures),
+                )
+            )
+    return samples
+
+
+def plain_logprobs(model, sample: Sample, temperature: float, banned=BANNED, pixels=None):
+    """Log-probs of one sample the plain way: one row, full logits, transformers' own forward pass. Differentiable."""
+    ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64))[None]
+    from transformers import Qwen2VLImageProcessor
+
+    media = {}
+    if sample.images:
+        inputs = Qwen2VLImageProcessor()(images=list(sample.images), do_resize=False, return_tensors="pt")
+        media = dict(pixel_values=inputs["pixel_values"].to(model.dtype), image_grid_thw=inputs["image_grid_thw"])
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == IMAGE).int(), use_cache=False, **media).logits[0]
+    logits = logits[len(sample.prompt_ids) - 1 : -1] / temperature
+    logits[:, list(banned)] = float("-inf")
+    return torch.log_softmax(logits, -1).gather(1, ids[0, len(sample.prompt_ids) :, None])[:, 0]

@@ -1,0 +1,145 @@
+"""Terms, matching, distances: hand-computed tables."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reward_service import matching, terms
+from reward_service.distance import distance_at, near_field, taxicab_distance
+
+NAN = float("nan")
+
+
+def rows(*values):
+    return np.array(values, dtype=float)
+
+
+@pytest.mark.parametrize(
+    "predicted, true, iou",
+    [
+        ([0, 0, 9, 9], [0, 0, 9, 9], 1.0),
+        ([0, 0, 9, 9], [0, 0, 9, 4], 0.5),  # 50 / 100: corners are inclusive
+        ([0, 0, 9, 9], [9, 9, 18, 18], 1 / 199),  # they share one pixel
+        ([0, 0, 9, 9], [10, 0, 19, 9], 0.0),
+        ([5, 5, 5, 5], [5, 5, 5, 5], 1.0),  # a single pixel
+        ([5, 5, 5, 5], [5, 5, 6, 5], 0.5),
+        ([9, 9, 0, 0], [0, 0, 9, 9], 0.0),  # reversed
+        ([9, 0, 0, 9], [0, 0, 9, 9], 0.0),  # half reversed
+        ([5, 5, 4, 4], [5, 5, 4, 4], 0.0),  # no area at all
+        ([-100, -100, 100, 100], [0, 0, 9, 9], 100 / 201**2),
+        ([NAN] * 4, [0, 0, 9, 9], 0.0),
+        ([-1e9, -1e9, 1e9, 1e9], [0, 0, 9, 9], 100 / (2e9 + 1) ** 2),
+        ([0.0, 0.0, 0.5, 1.0], [0, 0, 1, 1], 3 / 4),
+    ],
+)
+def test_box_iou(predicted, true, iou):
+    assert matching.box_iou_matrix(rows(predicted), rows(true))[0, 0] == pytest.approx(iou, abs=1e-15)
+
+
+def test_box_l1_and_point_distance():
+    l1 = matching.box_l1_matrix(rows([0, 0, 10, 10], [NAN] * 4), rows([0, 0, 10, 10], [4, 8, 10, 10]))
+    assert l1.tolist() == [[0, 3], [np.inf, np.inf]]
+    far = matching.point_distance_matrix(rows([0, 0], [NAN, NAN]), rows([3, 4], [0, 0]))
+    assert far.tolist() == [[5, 0], [np.inf, np.inf]]
+
+
+def test_point_in_own_box():
+    points = rows([0, 0], [10, 10], [10.5, 5], [5, 5], [NAN, NAN], [5, 5])
+    boxes = rows(*[[0, 0, 10, 10]] * 3, [10, 10, 0, 0], [0, 0, 10, 10], [NAN] * 4)
+    assert matching.point_in_own_box(points, boxes).tolist() == [True, True, False, False, False, False]
+
+
+def test_mask_iou_matrix():
+    a, b, empty = np.zeros((3, 5, 70), bool)
+    a[:2], b[1:3] = True, True
+    assert matching.mask_iou_matrix(np.stack([a, empty]), np.stack([b, a, empty])).tolist() == [[1 / 3, 1, 0], [0, 0, 0]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 4), st.integers(0, 4), st.integers(0, 2**32 - 1))
+def test_assignment_is_the_best_of_all(m, n, seed):
+    gain = np.random.default_rng(seed).integers(0, 4, (m, n)).astype(float)
+    i, j = matching.assign(gain)
+    assert len(i) == len(j) == min(m, n) == len(set(i.tolist())) == len(set(j.tolist()))
+    wide = gain if m <= n else gain.T
+    best = max(sum(wide[k, c] for k, c in enumerate(p)) for p in itertools.permutations(range(max(m, n)), min(m, n)))
+    assert gain[i, j].sum() == best
+
+
+def test_thresholds_are_strict():
+    assert terms.above([0.5, 0.5000001, 1.0], 0.5, "threshold").tolist() == [0, 1, 1]
+    assert terms.above([0.2, 0.7], 0.5, "graded").tolist() == [0.2, 0.7]
+    assert terms.below([0, 9.99, 10, np.inf], 10, "threshold", 4).tolist() == [1, 1, 0, 0]
+    assert terms.below([0, 10, 20, 40, 50, np.inf], 10, "graded", 4).tolist() == [1, 0.75, 0.5, 0, 0, 0]
+    assert terms.below([0, 1], 0, "graded", 4).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "distances, value",
+    [([], 0), ([0], 0), ([0.5], 1), ([40], 1), ([40.01], 0), ([np.inf], 0), ([0, 1, 40, 41], 0.5), ([1, 2, 3], 1)],
+)
+def test_negative_points(distances, value):
+    assert terms.negative_points(distances, 40, "threshold", 4) == value
+
+
+def test_graded_negative_points():
+    assert terms.negative_points([100], 40, "graded", 4) == pytest.approx(0.5)  # half-way from 40 to 160
+    assert terms.negative_points([0, 20, 160, np.inf], 40, "graded", 4) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("", 1),
+        ("a. b. c", 1),
+        ("a. a", 1),  # one repeat is forgiven
+        ("a. a. a", 0),
+        ("a. b. a. b", 0),  # two repeats of different sentences
+        ("a.a.b.c", 1),
+        (" a .a", 1),
+        ("....", 1),  # empty sentences do not count
+        ("10.5, 10.5, 10.5, 10.5", 0),  # published: a decimal point splits, '5, 10' comes three times
+    ],
+)
+def test_no_repeat(text, value):
+    assert terms.no_repeat(text) == value
+
+
+def test_no_repeat_limit():
+    assert terms.no_repeat("a. a. a", max_repeats=3) == 1 and terms.no_repeat("a. a", max_repeats=1) == 0
+
+
+def test_union_iou():
+    a, b = np.zeros((2, 4, 4), bool)
+    assert terms.union_iou(a, b) == 1  # both empty
+    a[:2] = True
+    assert terms.union_iou(a, b) == 0
+    b[1:] = True
+    assert terms.union_iou(a, b) == 4 / 16
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([(1.0, 1.0), (7.5, 2.0), (1.75, 840 / 854)]), st.integers(0, 2**32 - 1))
+def test_taxicab_distance_is_exact(height, width, pitch, seed):
+    mask = np.random.default_rng(seed).random((height, width)) < 0.2
+    measured = taxicab_distance(mask, pitch)
+    ys, xs = np.nonzero(mask)
+    for y, x in itertools.product(range(height), range(width)):
+        brute = min((pitch[0] * abs(y - v) + pitch[1] * abs(x - u) for v, u in zip(ys, xs)), default=np.inf)
+        assert measured[y, x] == pytest.approx(brute, abs=1e-9)
+        assert (measured[y, x] == 0) == mask[y, x]
+
+
+def test_distance_at_points():
+    mask = np.zeros((100, 200), bool)
+    mask[50:60, 100:120] = True
+    points = [[110, 55], [99, 55], [98.4, 49], [100, 5], [0, 0], [-1, 55], [200, 55], [201, 55], [119.4, 55]]
+    d = distance_at(points, near_field(mask, (1.0, 1.0), 40.0)).tolist()
+    assert d[:4] == [0, 1, 3, np.inf] and d[4:6] == [np.inf, np.inf]  # [100, 5] is 45 away: beyond the reach
+    assert d[6:] == [np.inf, np.inf, 0]  # the right edge is in the image (pixel 199) but 80 away; past it is outside
+    assert distance_at([[1, 1]], near_field(np.zeros((4, 4), bool), (1.0, 1.0), 40.0)).tolist() == [np.inf]
+    assert distance_at([[1, 1]], near_field(np.ones((4, 4), bool), (1.0, 1.0), 40.0)).tolist() == [0]
+    assert distance_at([[121, 55]], near_field(mask, (4.0, 3.0), 40.0)).tolist() == [6]
