@@ -34,7 +34,6 @@ _MAY_CHANGE = (
     "rollout.max_sequences",
     "rollout.log_level",
     "segmentation.replicas",
-    "segmentation.gpus_per_replica",
     "data.train",
     "data.evaluation",
     "run.dir",
@@ -60,18 +59,6 @@ def combination_problems(config: RunConfig) -> list[Problem]:
         "rollout.group_size",
         f"{size} with learner.advantage={learn.advantage}: completions are compared within their group",
         "use at least 2, or learner.advantage=reinforce++",
-    )
-    refuse(
-        loop.min_valid > size,
-        "loop.min_valid",
-        f"{loop.min_valid} is more than rollout.group_size={size}, so every group would be dropped",
-        "lower it",
-    )
-    refuse(
-        compares and loop.min_valid < 2 <= size,
-        "loop.min_valid",
-        f"{loop.min_valid} with learner.advantage={learn.advantage}: one completion cannot be compared",
-        "use at least 2",
     )
     refuse(
         rollout.max_model_len < longest,

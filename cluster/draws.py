@@ -5,7 +5,6 @@ A draw is a pure function of (data set, settings, seed, position), so a resumed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +15,7 @@ from rollout.frames import load_frames
 from rollout.order import episode_at, target_frame_at, uniform_frames
 from rollout.prompts import Prompt, PromptBuilder
 
+from cluster.config import RunConfig
 from cluster.errors import DataError
 from cluster.sections import DataConfig
 
@@ -40,6 +40,12 @@ class Draws:
         self.fingerprint = fingerprint(path)
         if not self.episodes:
             raise DataError(f"{path}: no episode has a frame in which its target can be seen", "check data.min_target_share and the data set")
+
+    @classmethod
+    def of_run(cls, config: RunConfig) -> tuple[Draws, Draws]:
+        """Training and held-out draws of a run. The held-out ones do not depend on the run's seed."""
+        builder = PromptBuilder(config.policy.path, config.prompt)
+        return cls(config.data.train, builder, config.data, config.run.seed), cls(config.data.evaluation, builder, config.data, seed=0)
 
     def train(self, position: int) -> Draw:
         """The draw at a position of the endless stream, a new permutation every epoch."""
@@ -83,8 +89,3 @@ def target_of(episode: Episode, t: int) -> Target:
         masks=episode.masks(t),
     )
 
-
-def check_data(paths: Sequence[str]) -> None:
-    """Raises the episodes' `DataError` if a data set cannot be read; cheap, nothing is decoded."""
-    for path in paths:
-        fingerprint(path)

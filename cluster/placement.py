@@ -68,8 +68,8 @@ def bundles(config: RunConfig) -> list[tuple[str, dict[str, float]]]:
     return [(role, {"CPU": cpu} | ({"GPU": gpu} if gpus and gpu else {})) for role, (count, cpu, gpu) in parts.items() for _ in range(count)]
 
 
-async def start_actors(config: RunConfig, learner_arguments: dict[str, Any]) -> Actors:
-    """All actors, loaded and ready. Raises `RunFailed` where the cluster has too little room or a part does not start in time."""
+async def start_actors(config: RunConfig, banned_token_ids: Sequence[int]) -> Actors:
+    """All actors, loaded and ready; `config` is resolved and its paths can be loaded. Raises `RunFailed` where the cluster has too little room or a part does not start in time."""
     wanted = bundles(config)
     group = placement_group([resources for _, resources in wanted], strategy="PACK")
     limit = config.cluster.start_seconds
@@ -93,6 +93,14 @@ async def start_actors(config: RunConfig, learner_arguments: dict[str, Any]) -> 
             if r == role
         ]
 
+    learner_arguments = dict(
+        config=config.learner,
+        policy_path=config.policy.path,
+        seed=config.run.seed,
+        total_steps=config.loop.steps,
+        temperature=config.rollout.temperature,
+        banned_token_ids=banned_token_ids,
+    )
     engine_options = dict(
         dtype=config.policy.dtype,
         device=config.cluster.device,

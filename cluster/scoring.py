@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from reward_service import Answer, RewardConfig, Score, Target, parse_answer, score
+import reward_service
+from reward_service import Answer, RewardConfig, Score, Target, parse_answer
 from reward_service.length import difficulty_class
 from reward_service.matching import assign, box_iou_matrix
+from reward_service.terms import union_iou
 from rollout.engine import Completion
 from segmentation_service.masks import decode_rle
 from segmentation_service.segmenter import ObjectPrompt
@@ -71,18 +73,17 @@ async def score_group(
                 if attempt == tries - 1:
                     return replace(group, failure=f"segmentation failed {tries} times, last: {type(error).__name__}: {error}")
                 await asyncio.sleep(0.5 * 2**attempt)
-    decoded = [_decode(m, draw.target.image_size) for m in masks] if masks is not None else [None] * len(answers)
-    scores = [
-        score(answer, draw.target, config, difficulty=draw.episode.difficulty, length=used, predicted_masks=found)
-        for answer, used, found in zip(answers, reasoning_tokens, decoded)
-    ]
+    decoded = None if masks is None else [_decode(m, draw.target.image_size) for m in masks]
+    scores = reward_service.score_group(
+        answers, draw.target, config, difficulty=draw.episode.difficulty, lengths=list(reasoning_tokens), predicted_masks=decoded
+    )
     truth = np.asarray(draw.target.masks, bool).any(0)
     return replace(
         group,
         masks=None if masks is None else tuple(masks),
         scores=tuple(scores),
         box_ious=tuple(mean_box_iou(a, draw.target) for a in answers),
-        mask_ious=() if masks is None else tuple(_iou(m.any(0), truth) for m in decoded),
+        mask_ious=() if decoded is None else tuple(union_iou(m.any(0), truth) for m in decoded),
     )
 
 
@@ -110,9 +111,4 @@ def mean_box_iou(answer: Answer, target: Target) -> float:
 
 def _decode(rles: Sequence[dict], hw: tuple[int, int]) -> np.ndarray:
     return np.stack([decode_rle(r) for r in rles]) if rles else np.zeros((0, *hw), bool)
-
-
-def _iou(a_HW: np.ndarray, b_HW: np.ndarray) -> float:
-    union = np.count_nonzero(a_HW | b_HW)
-    return np.count_nonzero(a_HW & b_HW) / union if union else 1.0
 

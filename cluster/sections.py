@@ -60,7 +60,6 @@ class LoopConfig:
     score_tries: int = field(
         default=3, metadata={"help": "Tries, with growing pauses, before a group counts as not scored.", "min": 1, "max": 100}
     )
-    min_valid: int = field(default=2, metadata={"help": "A group with fewer scored completions than this is dropped.", "min": 1})
     max_failure_rate: float = field(
         default=0.2, metadata={"help": "The run stops when more than this share of a step's completions cannot be scored.", "min": 0.0, "max": 1.0}
     )

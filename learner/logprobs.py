@@ -25,7 +25,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 p = torch.exp(logits - normaliser[:, None])
                 entropies.append(normaliser - (p * logits.index_fill_(1, banned, 0.0)).sum(1))
         ctx.save_for_backward(hidden, weight, targets, banned, torch.cat(normalisers))
-        entropies = torch.cat(entropies) if entropy else hidden.new_empty(0, dtype=torch.float32)
+        entropies = torch.cat(entropies) if entropy else normalisers[0].new_empty(0)
         ctx.mark_non_differentiable(entropies)
         return torch.cat(logprobs), entropies
 
@@ -33,7 +33,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def backward(ctx, grad: Tensor, _):
         hidden, weight, targets, banned, normaliser = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros(weight.shape, dtype=normaliser.dtype, device=weight.device) if ctx.needs_input_grad[1] else None
         start = 0
         for h in hidden.split(ctx.chunk):
             rows = slice(start, start + len(h))
@@ -51,8 +51,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float, banned: Tensor) -> Tensor:
-    """Float32 (M, V), a fresh tensor: divided by the temperature, banned words at -inf, as the engine samples."""
-    logits = (hidden @ weight.t()).float()
+    """Float32 (M, V) (float64 stays), a fresh tensor: divided by the temperature, banned words at -inf, as the engine samples."""
+    logits = hidden @ weight.t()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1.0:
         logits /= temperature
     return logits.index_fill_(1, banned, float("-inf"))

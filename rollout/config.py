@@ -48,7 +48,7 @@ class RolloutConfig:
         metadata={"help": "nucleus sampling; below 1 the learner cannot match the log-probs, so keep 1 for training", "min": 0.01, "max": 1.0},
     )
     max_response_tokens: int = field(default=256, metadata={"help": "longest completion in tokens", "min": 1, "max": 131072})
-    max_model_len: int = field(default=2048, metadata={"help": "longest prompt plus completion in tokens, visual tokens included", "min": 16, "max": 1048576})
+    max_model_len: int = field(default=8448, metadata={"help": "longest prompt plus completion in tokens, visual tokens included", "min": 16, "max": 1048576})
     max_images: int = field(default=16, metadata={"help": "most images in one prompt", "min": 1, "max": 1024})
     stop: list[str] = field(
         default_factory=list,

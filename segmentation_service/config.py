@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional
 
 BACKENDS = ("transformers",)
 DEVICES = ("auto", "cpu", "cuda")
@@ -25,10 +24,6 @@ class SegmentationConfig:
         metadata={"help": "Precision of encoder and mask decoder; auto is bfloat16 on CUDA and float32 elsewhere.", "choices": DTYPES},
     )
     replicas: int = field(default=1, metadata={"help": "Segmenter actors in the trainer's placement group.", "min": 1})
-    gpus_per_replica: Optional[float] = field(
-        default=None,
-        metadata={"help": "Share of a GPU that each replica reserves; null leaves it to the placement (0 without GPUs).", "min": 0, "max": 1},
-    )
     cpus_per_replica: int = field(
         default=1,
         metadata={"help": "CPU cores that each replica reserves, and its number of torch threads.", "min": 1},

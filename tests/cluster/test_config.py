@@ -313,9 +313,7 @@ def test_what_the_machine_lacks_is_told_before_the_start():
 @pytest.mark.parametrize(
     "overrides, key",
     [
-        (["rollout.group_size=1", "loop.min_valid=1"], "rollout.group_size"),
-        (["rollout.group_size=4", "loop.min_valid=5"], "loop.min_valid"),
-        (["loop.min_valid=1"], "loop.min_valid"),
+        (["rollout.group_size=1"], "rollout.group_size"),
         (["rollout.max_model_len=300"], "rollout.max_model_len"),
         (["learner.tokens_per_microbatch=300"], "learner.tokens_per_microbatch"),
         (["rollout.max_images=4"], "rollout.max_images"),
@@ -340,7 +338,7 @@ def test_combinations_that_cannot_work_are_refused_with_a_remedy(overrides, key)
 
 
 def test_reinforce_needs_no_group():
-    config.load("debug", ["rollout.group_size=1", "loop.min_valid=1", "learner.advantage=reinforce++"])
+    config.load("debug", ["rollout.group_size=1", "learner.advantage=reinforce++"])
 
 
 def test_a_reward_preset_gives_the_defaults_and_overrides_win():

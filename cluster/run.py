@@ -1,0 +1,185 @@
+"""A run in progress: its parts and its state, started, asked for rollouts and evaluations, saved and closed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from reward_service import think_text
+from rollout.config import SamplingConfig
+from rollout.engine import policy_fingerprints
+
+from cluster import checkpoints, rollout_log
+from cluster.checkpoints import Checkpoint
+from cluster.config import RunConfig
+from cluster.draws import Draw, Draws
+from cluster.errors import RunFailed
+from cluster.evaluation import held_out_metrics
+from cluster.metrics import MetricsWriter, StageTimes, read_metrics
+from cluster.placement import Actors, gather, start_actors, stop_actors
+from cluster.progress import Progress, first_and_last, summary_line
+from cluster.rollout_rows import rollout_rows
+from cluster.run_folder import RunFolder
+from cluster.scoring import ScoredGroup, score_group
+from cluster.weight_sync import sync_weights
+
+
+@dataclass
+class Run:
+    """The parts of a run, and what a checkpoint holds besides the learner: `step`, `position` and `before`."""
+
+    config: RunConfig
+    folder: RunFolder
+    actors: Actors
+    draws: Draws
+    held_out: Draws
+    metrics: MetricsWriter
+    progress: Progress
+    processor: str  # fingerprint of the image processor
+    step: int = 0  # updates so far, and the version of the weights
+    position: int = 0  # of the next draw in the endless stream of episodes
+    before: dict[str, float] | None = None  # the evaluation before the first step
+    saved: int = -1  # step of the newest checkpoint
+    times: StageTimes = field(default_factory=StageTimes)
+    upcoming: asyncio.Task | None = None
+
+    @classmethod
+    async def start(
+        cls, config: RunConfig, located: RunConfig, folder: RunFolder, draws: Draws, held_out: Draws, checkpoint: Checkpoint | None, progress: Progress
+    ) -> Run:
+        """Everything loaded, the same policy proved in engines and learner, the checkpoint's state in place, and then the run
+        folder made. `located` is `config` with paths that can be loaded."""
+        progress.stage("starting")
+        ours = policy_fingerprints(located.policy.path)
+        actors = await start_actors(located, ours["banned_token_ids"])
+        try:
+            for number, theirs in enumerate(await gather([engine.fingerprints.remote() for engine in actors.engines])):
+                check_fingerprints(ours, theirs, number)
+            if checkpoint is None:
+                folder.create(config)
+            else:
+                await gather([learner.load.remote(str(checkpoint.path.absolute() / "learner")) for learner in actors.learners])
+                rollout_log.drop_after(folder.rollouts, checkpoint.step)
+            metrics = MetricsWriter(folder.path, resume_step=checkpoint.step if checkpoint else None)
+            run = cls(config, folder, actors, draws, held_out, metrics, progress, ours["processor"])
+            if checkpoint is not None:
+                run.step = run.saved = checkpoint.step
+                run.position, run.before = checkpoint.manifest["position"], checkpoint.manifest["before"]
+            await run.sync(run.step)  # before the first batch, on a fresh start too: hashes prove that engines serve what the learner trains
+            progress.restart_clock()
+            return run
+        except BaseException:
+            stop_actors(actors)
+            raise
+
+    async def collect(self) -> list[ScoredGroup]:
+        """The step's episodes, G completions of each, scored as the groups finish. May be abandoned at any time."""
+        self.times = StageTimes()
+        rollout = self.config.rollout
+        with self.stage("draw"):
+            draws = await self.next_draws()
+        with self.stage("rollout"):
+            log_masks = self.config.loop.log_masks_every and (self.step + 1) % self.config.loop.log_masks_every == 0
+            return await self.answer(draws, rollout.group_size, rollout.sampling(), masks=bool(log_masks))
+
+    async def next_draws(self) -> list[Draw]:
+        """This step's draws; those of the next step are decoded in the background meanwhile."""
+        count = self.config.rollout.prompts_per_step
+        make = lambda start: asyncio.create_task(asyncio.to_thread(lambda: [self.draws.train(start + i) for i in range(count)]))
+        draws = await (self.upcoming or make(self.position))
+        self.upcoming = make(self.position + count)
+        return draws
+
+    async def answer(self, draws: list[Draw], count: int, sampling: SamplingConfig, masks: bool) -> list[ScoredGroup]:
+        """`count` completions of every draw, and their scores; `masks` asks for masks also where no reward term needs them."""
+        config, engines = self.config, self.actors.engines
+        seeds = [sampling_seeds(config.run.seed, self.step, draw.position, count) for draw in draws]
+        if config.loop.deterministic:  # all requests of an engine enqueued before its first token, so that batches are the same
+            shares = [list(range(e, len(draws), len(engines))) for e in range(len(engines))]
+            asked = [[(draws[i], count, sampling, seeds[i]) for i in share] for share in shares]
+            done = await gather([e.generate_in_order.remote([(d.prompt, *rest) for d, *rest in a]) for e, a in zip(engines, asked) if a])
+            completions = {i: c for share, results in zip(shares, done) for i, c in zip(share, results)}
+            return [await self.score(draw, completions[i], masks) for i, draw in enumerate(draws)]
+
+        async def one(i: int, draw: Draw) -> ScoredGroup:
+            engine = engines[draw.position % len(engines)]
+            return await self.score(draw, await engine.generate.remote(draw.prompt, count, sampling, seeds[i]), masks)
+
+        return await asyncio.gather(*(one(i, draw) for i, draw in enumerate(draws)))
+
+    async def score(self, draw: Draw, completions: list, masks: bool) -> ScoredGroup:
+        config = self.config
+        segmenter = self.actors.segmenters[draw.position % len(self.actors.segmenters)]
+        segment = segmenter.segment_group.remote if masks or config.reward.needs_predicted_masks else None
+        tokenizer = self.draws.builder.tokenizer
+        think_tokens = [len(tokenizer(think_text(c.text), add_special_tokens=False)["input_ids"]) for c in completions]
+        return await score_group(draw, completions, think_tokens, config.reward, segment, config.loop.score_tries, config.loop.score_seconds)
+
+    async def sync(self, version: int) -> dict[str, float]:
+        return await sync_weights(self.actors, version, self.config.rollout.sync_timeout_seconds)
+
+    async def evaluate(self) -> dict[str, float]:
+        """One greedy answer to each held-out episode; the answers are kept in `evaluations/`, the means as `eval/*`."""
+        with self.stage("evaluate"):
+            draws = await asyncio.to_thread(self.held_out.held_out, self.config.eval.episodes)
+            groups = await self.answer(draws, 1, self.config.rollout.sampling().greedy(), masks=True)
+        values = held_out_metrics(groups)
+        rollout_log.write_rollouts(self.folder.path / "evaluations", self.step, rollout_rows(self.step, groups, {}, self.processor))
+        self.metrics.write(self.step, {f"eval/{name}": value for name, value in values.items()})
+        self.progress.note(f"held-out after {self.step} steps: " + "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
+        self.progress.restart_clock()
+        return values
+
+    def log_rollouts(self, step: int, groups: list[ScoredGroup], advantages: Mapping[int, np.ndarray]) -> None:
+        rollout_log.write_rollouts(self.folder.rollouts, step, rollout_rows(step, groups, advantages, self.processor))
+
+    async def save(self) -> None:
+        """A checkpoint of this step: the learner's state in files, the run's own in the manifest."""
+        with self.stage("checkpoint"):
+            state = {"position": self.position, "data": self.draws.fingerprint, "before": self.before}
+            with checkpoints.writing(self.folder.checkpoints, self.step, state) as temporary:
+                await gather([learner.save.remote(str(temporary.absolute() / "learner")) for learner in self.actors.learners])
+            checkpoints.keep_last(self.folder.checkpoints, self.config.loop.keep_checkpoints)
+        self.saved = self.step
+        self.progress.restart_clock()
+
+    def due(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0
+
+    def stage(self, name: str) -> AbstractContextManager[Any]:
+        """Times a stage of the step, and shows it."""
+        self.progress.stage(name)
+        return self.times.stage(name)
+
+    def summary(self, seconds: float, after: dict[str, float] | None, stopped: str) -> str:
+        """The last line of a run: held-out before and after, or the first and last training steps of a run that was stopped."""
+        if self.before and after:
+            return summary_line(self.folder.path, self.step, seconds, self.before, after)
+        steps = [record for record in read_metrics(self.folder.metrics) if "reward/mean" in record]
+        first, last = first_and_last(steps) if steps else ({}, {})
+        return summary_line(self.folder.path, self.step, seconds, first, last, what="training", stopped=stopped)
+
+    def close(self) -> None:
+        if self.upcoming:
+            self.upcoming.cancel()
+        self.metrics.close()
+        stop_actors(self.actors)
+
+
+def sampling_seeds(seed: int, step: int, position: int, count: int) -> list[int]:
+    """One seed a completion, a pure function of (run, step, position, index)."""
+    return (np.random.SeedSequence([seed, step, position]).generate_state(count, np.uint64) >> np.uint64(1)).tolist()
+
+
+def check_fingerprints(ours: dict, theirs: dict, engine: int) -> None:
+    """Raises `RunFailed` naming what differs between an engine's policy and that of prompts and learner."""
+    different = [name for name, value in ours.items() if theirs.get(name) != value]
+    if different:
+        raise RunFailed(
+            f"engine {engine} has another {', '.join(different)} of the policy than prompts and learner", "use one policy folder and the same versions on all nodes"
+        )

@@ -1,0 +1,165 @@
+"""The whole loop on real parts: vLLM, DeepSpeed, SAM2 and Ray at toy size, one short run shared by the tests."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from cluster import checkpoints, config, config_resolve, rollout_log, run_folder
+from cluster.metrics import read_metrics
+from tests.conftest import ROOT, TOY
+
+SMALL = [
+    f"policy.path={TOY / 'policy'}",
+    f"segmentation.checkpoint={TOY / 'sam2'}",
+    "rollout.prompts_per_step=4",
+    "rollout.group_size=4",
+    "learner.warmup_steps=0",
+    "eval.episodes=4",
+    "loop.save_every=2",
+    "data.generate=null",
+]
+
+
+def settings(toy_data, *more):
+    where = [f"data.train={toy_data / 'train'}", f"data.evaluation={toy_data / 'valid_u'}"]
+    return [*SMALL, *where, *more]
+
+
+def resolved(toy_data, *more):
+    return config_resolve.resolve(config.load("debug", settings(toy_data, *more)), config_resolve.detect_hardware())
+
+
+@pytest.fixture(scope="module")
+def run(ray_session, toy_data, tmp_path_factory):
+    """A finished run of three steps."""
+    from cluster import trainer
+
+    folder = run_folder.plan(tmp_path_factory.mktemp("runs"), "three", "debug")
+    trainer.train(resolved(toy_data, "loop.steps=3"), folder)
+    return folder
+
+
+def test_the_run_folder_is_complete(run):
+    assert config.load(run.config).loop.steps == 3
+    assert json.loads(run.environment.read_text())["packages"]["torch"]
+    assert [step for step, _ in checkpoints.steps(run.checkpoints)] == [2, 3]
+    assert [step for step, _ in rollout_log.rollout_files(run.rollouts)] == [1, 2, 3]
+    assert [step for step, _ in rollout_log.rollout_files(run.path / "evaluations")] == [0, 3]
+    assert list(run.tensorboard.iterdir())
+
+
+def test_the_metrics_tell_what_happened(run):
+    records = read_metrics(run.metrics)
+    steps = [r for r in records if "reward/mean" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3]
+    for r in steps:
+        assert 0 < r["mismatch/logprob_diff"] < 1e-3 and 0 <= r["mismatch/kl"] < 0.01
+        assert r["groups/used"] == 4 and r["failures/scoring"] == 0
+        assert r["staleness/0"] == 16  # synchronous: always the newest weights
+        assert {"iou/box", "iou/mask", "kl/reference", "learner/grad_norm", "length/reasoning", "seconds/train", "sync/bytes"} <= r.keys()
+    assert steps[0]["kl/reference"] == 0 < steps[2]["kl/reference"]
+    assert [r["step"] for r in records if "eval/iou/box" in r] == [0, 3]
+
+
+def test_rollouts_hold_enough_to_train_again(run, toy_data):
+    """The learner, given only what the Parquet file holds and the video, finds the engine's log-probs again."""
+    import ray
+
+    from cluster.draws import Draws
+    from learner.actor import LearnerActor
+    from learner.batch import Sample
+
+    _, file = next(rollout_log.rollout_files(run.rollouts))
+    rows = rollout_log.read_rollouts(file)
+    assert len(rows) == 16 and all(row.weight_versions == [("0", len(row.response_token_ids))] for row in rows)
+    located = resolved(toy_data)
+    draws, _ = Draws.of_run(located)
+    samples = []
+    for row in rows:
+        prompt = draws.train(row.group).prompt
+        assert prompt.fingerprint == row.prompt_fingerprint
+        samples.append(
+            Sample(prompt.token_ids, np.array(row.response_token_ids, np.int32), np.array(row.rollout_logprobs, np.float32), 0.0, prompt.images, prompt.grid_thw, row.group, prompt.fingerprint)
+        )
+    banned = draws.builder.banned_token_ids
+    learner = ray.remote(LearnerActor).remote()
+    host, port = ray.get(learner.address.remote())
+    from rollout.engine import policy_fingerprints
+
+    banned = policy_fingerprints(located.policy.path)["banned_token_ids"]
+    ray.get(learner.start.remote(config=located.learner, policy_path=located.policy.path, master_addr=host, master_port=port, temperature=1.0, banned_token_ids=banned))
+    found = ray.get(learner.compute_logprobs.remote(samples))
+    ray.kill(learner)
+    difference = np.concatenate([f - s.rollout_logprobs for f, s in zip(found, samples)])
+    assert np.abs(difference).mean() < 1e-3 and np.abs(difference).max() < 1e-2
+
+
+def test_masks_and_rewards_of_a_row_belong_together(run):
+    from segmentation_service.masks import decode_rle
+
+    _, file = next(rollout_log.rollout_files(run.rollouts))
+    for row in rollout_log.read_rollouts(file):
+        objects = json.loads(row.answer_json) if row.answer_json else []
+        assert len(row.masks) == len(objects)
+        assert all(decode_rle(m).shape == tuple(row.frame_hw) for m in row.masks)
+        assert row.valid and np.isfinite(row.reward) and 0 <= row.length_factor <= 1
+
+
+def test_resume_goes_on_where_the_run_stopped(run, toy_data):
+    from cluster import trainer
+
+    settings, changed = config.load_for_resume(run.config, ["loop.steps=4"])
+    assert changed == {"loop.steps": (3, 4)}
+    before = checkpoints.latest(run.checkpoints)[0]
+    trainer.train(config_resolve.resolve(settings, config_resolve.detect_hardware()), run, resume=True)
+    after = checkpoints.latest(run.checkpoints)[0]
+    assert (before.step, after.step) == (3, 4) and after.manifest["position"] == 16
+    steps = [r["step"] for r in read_metrics(run.metrics) if "reward/mean" in r]
+    assert steps == [1, 2, 3, 4]
+    groups = [set(rollout_log.read_columns(f, ["group"])["group"]) for _, f in rollout_log.rollout_files(run.rollouts)]
+    assert groups == [{0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10, 11}, {12, 13, 14, 15}]
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_no_process(toy_data, tmp_path):
+    """SIGINT to `videoseg train`, as a terminal sends it, in the middle of training."""
+    command = [sys.executable, "-m", "cluster.cli", "train", *settings(toy_data, "loop.steps=500", "eval.ends=false", f"run.dir={tmp_path}", "run.name=stopped", "cluster.address=local")]
+    environment = os.environ | {"VIDEOSEG_TEST_MARK": str(tmp_path)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step 2/"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    rest, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, "".join(lines) + rest
+    assert "SIGINT: stopping with a checkpoint" in rest and "stopped: SIGINT" in rest
+    checkpoint, rejected = checkpoints.latest(tmp_path / "stopped" / "checkpoints")
+    assert checkpoint.step >= 2 and not rejected
+    assert read_metrics(tmp_path / "stopped" / "metrics.jsonl")[-1]["step"] == checkpoint.step
+    deadline = time.monotonic() + 30
+    while (left := marked_processes(str(tmp_path))) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left
+
+
+def marked_processes(mark):
+    """Command lines of living processes that inherited the test's environment variable."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/environ", "rb") as file:
+                    inherited = f"VIDEOSEG_TEST_MARK={mark}".encode() in file.read().split(b"\0")
+                if inherited:
+                    with open(f"/proc/{entry}/cmdline", "rb") as file:
+                        found.append(file.read().replace(b"\0", b" ").decode())
+            except OSError:
+                pass
+    return found

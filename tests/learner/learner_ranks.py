@@ -1,0 +1,155 @@
+"""Run by test_deepspeed.py in a process of its own: learners of one and of two ranks, whose results land in JSON files.
+
+    python learner_ranks.py FOLDER PORT
+
+DeepSpeed is imported once; three processes are forked: one learner of one rank, and two ranks of another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch  # noqa: E402
+from tiny_learner import BANNED, random_samples  # noqa: E402
+
+from learner.config import LearnerConfig  # noqa: E402
+
+# A large epsilon makes AdamW's first step close to plain gradient descent, so that weights show gradients.
+PLAIN = LearnerConfig(lr=30.0, adam_eps=1.0, adam_beta1=0.0, weight_decay=0.0, max_grad_norm=0.0, kl_coef=0.1, tokens_per_microbatch=60, threads=1)
+TRAIN = replace(PLAIN, lr=3e-3, adam_eps=1e-6, adam_beta1=0.9, max_grad_norm=0.05, warmup_steps=1, lr_schedule="cosine")
+
+
+def samples(seed=0):
+    return random_samples(groups=3, completions=3, seed=seed)
+
+
+class Scenarios:
+    def __init__(self, folder: Path, rank: int, world_size: int, port: int):
+        self.folder, self.rank, self.world_size, self.port = folder, rank, world_size, port
+        self.results: dict[str, object] = {}
+
+    def learner(self, config: LearnerConfig, policy="policy"):
+        from learner.worker import LearnerWorker
+
+        return LearnerWorker(
+            config, str(self.folder / policy), rank=self.rank, world_size=self.world_size, master_port=self.port, seed=7, total_steps=4,
+            temperature=0.7, banned_token_ids=BANNED,
+        )
+
+    def weights(self, learner) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for bucket in learner.weight_buckets(20_000) if bucket.data is not None for name, tensor in bucket.tensors()}
+
+    def digest(self, learner) -> str:
+        return hashlib.sha256("".join(b.sha256 for b in learner.weight_buckets(20_000) if b.sha256).encode()).hexdigest()
+
+    def one_step(self, name: str, config: LearnerConfig, policy="policy"):
+        learner = self.learner(config, policy)
+        before = learner.compute_logprobs(samples())
+        metrics = learner.train_step(samples())
+        weights = self.weights(learner)
+        if self.rank == 0:
+            torch.save({"metrics": metrics, "before": before, "weights": weights}, self.folder / f"{name}_{self.world_size}.pt")
+        self.results[f"{name} log-probs"] = [float(x.sum()) for x in before]
+        self.results[f"{name} metrics"] = {k: v for k, v in metrics.items() if "second" not in k and k != "micro_batches"}
+        return learner
+
+    def run(self):
+        for stage in (0, 2, 3):
+            learner = self.one_step(f"zero{stage}", replace(PLAIN, zero_stage=stage))
+        learner.export(str(self.folder / f"export_{self.world_size}"))
+        self.resume(2)
+        if self.world_size == 1:
+            self.one_step("whole", replace(PLAIN, zero_stage=1, tokens_per_microbatch=10_000), policy="policy")
+            self.one_step("tied", replace(PLAIN, zero_stage=1, kl_coef=0.0), policy="tied")
+            self.resume(0)
+            self.at_rest()
+            self.frozen_vision()
+            self.several_updates()
+        else:
+            self.resume(3)
+            self.fewer_samples_than_ranks()
+
+    def resume(self, stage: int):
+        """Three steps in one go, and two, a checkpoint, a new learner, and the third."""
+        config = replace(TRAIN, zero_stage=stage)
+        straight = self.learner(config)
+        history = [straight.train_step(samples(seed)) for seed in (1, 2)]
+        folder = self.folder / f"checkpoint{stage}_{self.world_size}"
+        straight.save(str(folder))
+        history.append(straight.train_step(samples(3)))
+        resumed = self.learner(config)
+        resumed.load(str(folder))
+        again = resumed.train_step(samples(3))
+        same = all(history[-1][key] == again[key] for key in ("loss", "grad_norm", "lr", "kl", "entropy"))
+        self.results[f"resume{stage}"] = {
+            "metrics equal": same, "weights equal": self.digest(straight) == self.digest(resumed), "moved": history[-1]["kl"] > 0,
+            "grad_norms": [m["grad_norm"] for m in history], "lrs": [m["lr"] for m in history],
+        }
+        if stage == 2:
+            other = replace(config, zero_stage=0)
+            try:
+                self.learner(other).load(str(folder))
+            except Exception as error:
+                self.results["other stage"] = f"{type(error).__name__}: {error}"
+
+    def at_rest(self):
+        learner = self.learner(replace(TRAIN, lr=0.0, zero_stage=2))
+        start, logprobs = self.digest(learner), learner.compute_logprobs(samples())
+        metrics = [learner.train_step(samples(seed)) for seed in range(4)]
+        after = learner.compute_logprobs(samples())
+        self.results["at rest"] = {
+            "weights": self.digest(learner) == start, "logprobs": all((a == b).all() for a, b in zip(logprobs, after)), "kl": [m["kl"] for m in metrics],
+        }
+
+    def frozen_vision(self):
+        learner = self.learner(replace(TRAIN, freeze_vision=True, zero_stage=2))
+        before = self.weights(learner)
+        learner.train_step(samples())
+        after = self.weights(learner)
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        self.results["frozen vision"] = {"visual": sum("visual" in n for n in changed), "text": sum("visual" not in n for n in changed)}
+
+    def several_updates(self):
+        learner = self.learner(replace(TRAIN, ppo_epochs=2, minibatches=2, lr=0.03, clip_low=0.02, clip_high=0.02, warmup_steps=0))
+        metrics = learner.train_step(samples())
+        self.results["several updates"] = {k: metrics[k] for k in ("updates", "clip_low_fraction", "clip_high_fraction", "ratio", "mismatch_abs")}
+        single = self.learner(TRAIN).train_step(samples())
+        self.results["several updates"]["first mismatch"] = single["mismatch_abs"]
+
+    def fewer_samples_than_ranks(self):
+        for stage in (2, 3):
+            learner = self.learner(replace(PLAIN, zero_stage=stage))
+            self.results[f"one sample {stage}"] = learner.train_step(samples()[:1])["loss"]
+
+
+def main(folder: Path, rank: int, world_size: int, port: int):
+    torch.set_num_threads(1)
+    scenarios = Scenarios(folder, rank, world_size, port)
+    scenarios.run()
+    (folder / f"results_{world_size}_{rank}.json").write_text(json.dumps(scenarios.results))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    import deepspeed  # noqa: F401  imported before the fork, once for all
+    import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
+
+    import learner.worker  # noqa: F401
+
+    base, first_port = Path(sys.argv[1]), int(sys.argv[2])
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=main, args=(base, r, n, first_port + n)) for r, n in ((0, 1), (0, 2), (1, 2))]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    sys.exit(max(child.exitcode != 0 for child in children))

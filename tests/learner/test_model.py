@@ -1,0 +1,166 @@
+"""What the policy computes on a packed micro-batch equals the plain computation: one row a sample, full logits, transformers' own forward."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_learner import BANNED, IMAGE, VIDEO, plain_logprobs, random_samples, tiny_model
+
+from learner import shared_prompt
+from learner.batch import SampleError, check_fingerprints, check_samples, collate, prompt_fingerprint
+from learner.grpo import policy_loss, sequence_weights
+from learner.logprobs import chunked_logprobs
+from learner.patchify import PatchSpec, image_grid, patchify
+from learner.policy import PolicyModel
+from learner.schedule import SampleSize, schedule
+
+SPEC = PatchSpec(14, 2, 2, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def policies(**options):
+    """(packed policy, plain model) with equal weights."""
+    shared_prompt.register()
+    model = tiny_model(**options)
+    plain = copy.deepcopy(model)
+    model.model.language_model.config._attn_implementation = shared_prompt.ATTENTION
+    return PolicyModel(model, BANNED, 0.7, 5), plain
+
+
+def relative_errors(policy, plain):
+    pairs = zip(policy.model.named_parameters(), plain.named_parameters())
+    return {name: float((a.grad - b.grad).norm() / b.grad.norm()) for (name, a), (_, b) in pairs if b.grad is not None and b.grad.norm() > 0}
+
+
+@pytest.mark.parametrize("options", [{}, {"tie": True, "heads": 2, "key_heads": 2}])
+def test_shared_prompts_equal_separate_rows(options):
+    policy, plain = policies(**options)
+    samples = random_samples(groups=3, completions=4)
+    samples[0] = replace(samples[0], response_ids=samples[0].response_ids[:1], rollout_logprobs=samples[0].rollout_logprobs[:1])
+    order = [5, 0, 1, 2, 3, 8, 4, 6, 7, 9, 10, 11]
+    batch = collate(samples, order, SPEC, policy.rope_index)
+    assert batch.input_ids.numel() == sum(len(samples[4 * g].prompt_ids) for g in range(3)) + sum(len(s.response_ids) - 1 for s in samples)
+    found, _ = policy(batch)
+    expected = torch.cat([plain_logprobs(plain, samples[i], 0.7) for i in order])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    coefficients = torch.randn(len(found), generator=torch.Generator().manual_seed(1))
+    (found * coefficients).sum().backward()
+    (expected * coefficients).sum().backward()
+    errors = relative_errors(policy, plain)
+    assert len(errors) > 40 and max(errors.values()) < 1e-5, max(errors.items(), key=lambda e: e[1])
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("budget", [10_000, 60])
+def test_loss_and_gradient_do_not_depend_on_the_split(aggregation, budget):
+    policy, plain = policies()
+    samples = random_samples(groups=3, completions=4, seed=5)
+    tokens = sum(len(s.response_ids) for s in samples)
+    lengths = torch.tensor([len(s.response_ids) for s in samples])
+    weights = sequence_weights(lengths, aggregation, tokens, len(samples), 30)
+
+    losses = []
+    for s, w in zip(samples, weights):
+        logprobs = plain_logprobs(plain, s, 0.7)
+        ratio = torch.exp(logprobs.detach() - torch.from_numpy(s.rollout_logprobs)).clamp(max=2.0)
+        losses.append((-s.advantage * ratio * torch.exp(logprobs - logprobs.detach())).sum() * w)
+    expected = torch.stack(losses).sum()
+    expected.backward()
+
+    sizes = [SampleSize(s.group, len(s.prompt_ids), len(s.response_ids)) for s in samples]
+    micro_batches = [indices for share in schedule(sizes, 2, budget) for indices in share]
+    assert len(micro_batches) > (2 if budget < 1000 else 1)
+    found = 0.0
+    for indices in micro_batches:
+        batch = collate(samples, indices, SPEC, policy.rope_index)
+        logprobs, _ = policy(batch)
+        w = sequence_weights(batch.lengths, aggregation, tokens, len(samples), 30).float()[batch.sequence]
+        loss, _ = policy_loss(logprobs, logprobs.detach(), batch.advantages[batch.sequence], w, rollout_logprobs=batch.rollout_logprobs)
+        loss.backward()
+        found += float(loss.detach())
+    assert found == pytest.approx(float(expected.detach()), rel=1e-5, abs=1e-6)
+    errors = relative_errors(policy, plain)
+    assert max(errors.values()) < 1e-5, max(errors.items(), key=lambda e: e[1])
+
+
+def test_text_only_prompts_keep_the_vision_tower_in_the_graph():
+    policy, plain = policies()
+    samples = random_samples(groups=2, completions=2, images=0)
+    batch = collate(samples, range(4), SPEC, policy.rope_index)
+    found, _ = policy(batch)
+    torch.testing.assert_close(found, torch.cat([plain_logprobs(plain, s, 0.7) for s in samples]), rtol=1e-5, atol=1e-5)
+    found.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in policy.model.model.visual.parameters())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_chunked_logprobs_equal_full_logits(temperature):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(23, 16, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(40, 16, generator=generator, dtype=torch.float64).requires_grad_()
+    banned, targets = torch.tensor([3, 38, 39]), torch.randint(4, 38, (23,), generator=generator)
+    logits = (hidden @ weight.t()) / temperature
+    log_p = torch.log_softmax(logits.index_fill(1, banned, float("-inf")), 1)
+    expected = log_p.gather(1, targets[:, None])[:, 0]
+    g = torch.randn(23, generator=generator, dtype=torch.float64)
+    expected_grads = torch.autograd.grad((expected * g).sum(), (hidden, weight))
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p.isinf(), 0.0)).sum(1)
+    for chunk in (1, 7, 100):
+        found, found_entropy = chunked_logprobs(hidden, weight, targets, temperature=temperature, banned=banned, chunk=chunk, entropy=True)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found_entropy, entropy, rtol=1e-9, atol=1e-9)
+        assert not found_entropy.requires_grad
+        for a, b in zip(torch.autograd.grad((found * g).sum(), (hidden, weight)), expected_grads):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert chunked_logprobs(hidden, weight, torch.full((23,), 39), banned=banned)[0].isinf().all()
+
+
+def test_patchify_equals_the_image_processor():
+    from transformers import Qwen2VLImageProcessor
+
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((56, 84), (112, 28), (56, 84), (28, 28))]
+    inputs = Qwen2VLImageProcessor()(images=images, do_resize=False, return_tensors="pt")
+    rows, grid = patchify(images, SPEC)
+    assert torch.equal(grid, inputs["image_grid_thw"]) and torch.equal(rows, inputs["pixel_values"])
+    assert patchify([], SPEC)[0].shape == (0, SPEC.row_width)
+    with pytest.raises(ValueError, match=r"\(57, 84, 3\).*multiples of 28"):
+        image_grid(np.zeros((57, 84, 3), np.uint8), SPEC)
+
+
+def test_samples_are_checked():
+    samples = random_samples(groups=2, completions=2)
+    check = lambda s: check_samples(s, BANNED, (IMAGE, VIDEO), 2)
+    check(samples)
+    check_fingerprints(samples, range(4))
+    first = samples[0]
+    for message, change in {
+        "finite": dict(advantage=float("nan")),
+        "rollout log-probs": dict(rollout_logprobs=first.rollout_logprobs[:-1]),
+        "banned token id 290": dict(response_ids=np.full_like(first.response_ids, IMAGE)),
+        "visual tokens": dict(images=first.images[:-1]),
+        "must be positive": dict(response_ids=first.response_ids[:0]),
+    }.items():
+        with pytest.raises(SampleError, match=message):
+            check([replace(first, **change)])
+    with pytest.raises(SampleError, match="fingerprints differ"):
+        check([first, replace(samples[1], fingerprint="0")])
+    with pytest.raises(SampleError, match="no samples"):
+        check([])
+    touched = tuple(image.copy() for image in first.images)
+    touched[-1][0, 0, 0] ^= 1
+    with pytest.raises(SampleError, match="changed on the way"):
+        check_fingerprints([replace(first, images=touched)], [0])
+    assert prompt_fingerprint(first.prompt_ids, ()) != prompt_fingerprint(first.prompt_ids, first.images)
