@@ -26,6 +26,7 @@ _MAY_CHANGE = (
     "loop.mismatch_stop",
     "loop.log_masks_every",
     "learner.collective_timeout_seconds",
+    "learner.port",
     "learner.logprob_chunk_tokens",
     "learner.gradient_checkpointing",
     "rollout.sync_timeout_seconds",

@@ -5,13 +5,14 @@ A draw is a pure function of (data set, settings, seed, position), so a resumed 
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
 
 from reward_service import Target
 from rollout.episodes import Episode, fingerprint, read_episodes
-from rollout.frames import load_frames
+from rollout.frames import check_frames, load_frames
 from rollout.order import episode_at, target_frame_at, uniform_frames
 from rollout.prompts import Prompt, PromptBuilder
 
@@ -46,6 +47,19 @@ class Draws:
         """Training and held-out draws of a run. The held-out ones do not depend on the run's seed."""
         builder = PromptBuilder(config.policy.path, config.prompt)
         return cls(config.data.train, builder, config.data, config.run.seed), cls(config.data.evaluation, builder, config.data, seed=0)
+
+    def check_frames(self, seconds: float) -> None:
+        """Looks at the frame files of as many videos as fit in `seconds`, evenly over the data set, and builds one prompt.
+
+        Raises the first VideoError or PromptError: before anything starts.
+        """
+        until = time.monotonic() + seconds
+        self.train(0)
+        videos = list({e.video_path: None for e in self.episodes})
+        for i in range(len(videos)):
+            check_frames(videos[episode_at(i, len(videos), seed=0)])
+            if time.monotonic() > until:
+                return
 
     def train(self, position: int) -> Draw:
         """The draw at a position of the endless stream, a new permutation every epoch."""

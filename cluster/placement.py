@@ -123,7 +123,7 @@ async def start_actors(config: RunConfig, banned_token_ids: Sequence[int]) -> Ac
 
 
 async def _ready(actors: Actors, learner_arguments: dict[str, Any]) -> Actors:
-    host, port = await actors.learners[0].address.remote()
+    host, port = await actors.learners[0].address.remote(learner_arguments["config"].port)
     ranks = [
         learner.start.remote(rank=rank, world_size=len(actors.learners), master_addr=host, master_port=port, **learner_arguments)
         for rank, learner in enumerate(actors.learners)

@@ -26,7 +26,7 @@ from cluster.progress import Progress, first_and_last, summary_line
 from cluster.rollout_rows import rollout_rows
 from cluster.run_folder import RunFolder
 from cluster.scoring import ScoredGroup, score_group
-from cluster.weight_sync import sync_weights
+from cluster.weight_sync import connect, sync_weights
 
 
 @dataclass
@@ -70,6 +70,7 @@ class Run:
             if checkpoint is not None:
                 run.step = run.saved = checkpoint.step
                 run.position, run.before = checkpoint.manifest["position"], checkpoint.manifest["before"]
+            await connect(actors, config)
             await run.sync(run.step)  # before the first batch, on a fresh start too: hashes prove that engines serve what the learner trains
             progress.restart_clock()
             return run
@@ -121,7 +122,7 @@ class Run:
         return await score_group(draw, completions, think_tokens, config.reward, segment, config.loop.score_tries, config.loop.score_seconds)
 
     async def sync(self, version: int) -> dict[str, float]:
-        return await sync_weights(self.actors, version, self.config.rollout.sync_timeout_seconds)
+        return await sync_weights(self.actors, version, self.config)
 
     async def evaluate(self) -> dict[str, float]:
         """One greedy answer to each held-out episode; the answers are kept in `evaluations/`, the means as `eval/*`."""

@@ -43,6 +43,9 @@ class DataConfig:
     min_target_share: float = field(
         default=0.001, metadata={"help": "Target frames are those that the targets cover by at least this share.", "min": 0.0, "max": 1.0}
     )
+    check_seconds: float = field(
+        default=5.0, metadata={"help": "Longest look through each data set's frame files before a run starts.", "min": 0.0}
+    )
     control: str = field(
         default="none",
         metadata={"help": "Negative control: show another episode's query, or grey frames, in training and evaluation.", "choices": CONTROLS},

@@ -9,6 +9,8 @@ import numpy as np
 import ray
 
 from learner.grpo import group_advantages
+from learner.policy_check import check_policy
+from segmentation_service.checkpoint import check_folder
 
 from cluster import checkpoints, config_files
 from cluster.checkpoints import Checkpoint
@@ -30,7 +32,11 @@ def train(config: RunConfig, folder: RunFolder, resume: bool = False) -> None:
     config_files.make_missing_data(config)
     located = config_files.locate(config)
     checkpoint = checkpoints.latest(folder.checkpoints)[0] if resume else None
+    check_policy(located.policy.path)
+    check_folder(located.segmentation.checkpoint)
     draws, held_out = Draws.of_run(located)
+    for data in (draws, held_out):
+        data.check_frames(config.data.check_seconds)
     check_resumable(checkpoint, draws)
     started_here = join_cluster(config.cluster)
     try:

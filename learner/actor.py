@@ -9,6 +9,10 @@ from .batch import Sample
 from .weights import WeightBucket
 
 
+class PortInUse(ValueError):
+    """The port asked for is taken."""
+
+
 class LearnerActor:
     """Make it an actor with `ray.remote(LearnerActor).options(...)`.
 
@@ -18,13 +22,20 @@ class LearnerActor:
 
     def __init__(self):
         self.worker = None
+        self.sender = None
 
-    def address(self) -> tuple[str, int]:
-        """(host, a port that was free a moment ago) for the learner's process group."""
+    def address(self, port: int | None = None) -> tuple[str, int]:
+        """(host, port) for the learner's process group: `port`, or one that was free a moment ago.
+
+        Raises PortInUse where another process has it.
+        """
         import ray
 
         with socket.socket() as s:
-            s.bind(("", 0))
+            try:
+                s.bind(("", port or 0))
+            except OSError as error:
+                raise PortInUse(f"learner.port = {port} cannot be used on rank 0's node ({error.strerror}); choose another, or null for a free one") from error
             return ray.util.get_node_ip_address(), s.getsockname()[1]
 
     def start(self, **worker_arguments) -> str:
@@ -42,6 +53,15 @@ class LearnerActor:
 
     def weight_buckets(self, max_bytes: int) -> Iterator[WeightBucket]:
         yield from self.worker.weight_buckets(max_bytes)
+
+    def connect(self, backend: str, client, bucket_bytes: int, rendezvous: tuple[str, int, int] | None = None) -> None:
+        """Join the engines for `send_weights` (GPUs only; see `gpu_sync.make_sender`)."""
+        from .gpu_sync import make_sender
+
+        self.sender = make_sender(self.worker.policy.model, backend, client, self.worker.rank, bucket_bytes, rendezvous)
+
+    def send_weights(self) -> None:
+        self.sender.send_weights()
 
     def save(self, folder: str) -> None:
         self.worker.save(folder)

@@ -23,6 +23,9 @@ class LearnerConfig:
         default="auto", metadata={"help": "Weights and activations; auto: bfloat16 on CUDA, float32 elsewhere.", "choices": DTYPES}
     )
     threads: int = field(default=0, metadata={"help": "CPU threads of a rank; 0 keeps what the process has.", "min": 0})
+    port: Optional[int] = field(
+        default=None, metadata={"help": "Port of the ranks' process group on rank 0's node; null: any free one.", "min": 1024, "max": 65535}
+    )
     collective_timeout_seconds: float = field(
         default=1800.0, metadata={"help": "A collective that takes longer than this fails instead of hanging.", "min": 1.0}
     )

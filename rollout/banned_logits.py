@@ -9,7 +9,7 @@ import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
-CONFIG_KEY = "videoseg_banned_token_ids"  # in vLLM's additional_config
+from rollout.banned_tokens import CONFIG_KEY
 
 
 class BannedTokens(LogitsProcessorV1, LogitsProcessorV2):

@@ -7,6 +7,7 @@ A sampled `<|image_pad|>` makes a later forward pass look for an image that is n
 from collections.abc import Collection
 
 MEDIA_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>")
+CONFIG_KEY = "videoseg_banned_token_ids"  # where vLLM's additional_config carries the ids to `rollout.banned_logits`
 MEDIA_CONFIG_KEYS = ("image_token_id", "video_token_id", "vision_token_id", "vision_start_token_id", "vision_end_token_id")
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rollout import weight_transfer
-from rollout.banned_tokens import banned_token_ids
+from rollout.banned_tokens import CONFIG_KEY, banned_token_ids
 from rollout.config import RolloutConfig, SamplingConfig, resolve_device, resolve_dtype, resolve_weight_sync
 
 
@@ -76,6 +76,7 @@ class RolloutEngine:
         self._labels = itertools.count()
         self._in_flight: dict[str, set[str]] = {}
         self._updating = False
+        self._in_order = False
         self._report: dict = {}
         self._stats = {"prompts": 0, "completions": 0, "prompt_tokens": 0, "response_tokens": 0, "weight_updates": 0, "weight_update_seconds": 0.0}
 
@@ -109,7 +110,7 @@ class RolloutEngine:
                 raise RuntimeError(
                     "vLLM does not see the plugin of videoseg-r1 (entry point videoseg_weight_transfer): install the project, e.g. pip install -e ."
                 )
-            vllm_config = self._engine_args().create_engine_config()
+            vllm_config = vllm.AsyncEngineArgs(**self._engine_options()).create_engine_config()
             self._llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True)
         self._report = {
             "model": self.model,
@@ -140,11 +141,8 @@ class RolloutEngine:
     def _eager(self) -> bool:
         return self.device == "cpu" if self.config.enforce_eager is None else self.config.enforce_eager
 
-    def _engine_args(self):
-        from vllm import AsyncEngineArgs
-
-        from rollout.banned_logits import CONFIG_KEY, BannedTokens
-
+    def _engine_options(self) -> dict:
+        """Arguments of vLLM's `AsyncEngineArgs` for this configuration and device."""
         config, cpu = self.config, self.device == "cpu"
         kv_cache_gb = config.kv_cache_gb or (1.0 if cpu else None)
         options = dict(
@@ -153,14 +151,14 @@ class RolloutEngine:
             seed=self.seed,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_sequences or (128 if cpu else 256),
-            max_num_batched_tokens=max(config.max_batched_tokens, config.max_model_len if not config.prefix_caching else 0),
+            max_num_batched_tokens=config.max_batched_tokens,
             enforce_eager=self._eager,
             enable_prefix_caching=config.prefix_caching,
             mm_processor_cache_gb=config.mm_processor_cache_gb,
             limit_mm_per_prompt={"image": config.max_images, "video": 0},
             skip_mm_profiling=cpu,
             logprobs_mode="processed_logprobs",
-            logits_processors=[f"{BannedTokens.__module__}:{BannedTokens.__qualname__}"],
+            logits_processors=["rollout.banned_logits:BannedTokens"],
             additional_config={CONFIG_KEY: list(self._banned)},
             weight_transfer_config={"backend": self.weight_sync},
             tensor_parallel_size=config.tensor_parallel,
@@ -177,7 +175,7 @@ class RolloutEngine:
         if not cpu:
             options["gpu_memory_utilization"] = config.gpu_memory_utilization
             options["enable_sleep_mode"] = config.sleep
-        return AsyncEngineArgs(**options)
+        return options
 
     async def shutdown(self) -> None:
         """Stop vLLM and its processes; the engine cannot be started again."""
@@ -206,6 +204,8 @@ class RolloutEngine:
         prefix caching. vLLM's own n > 1 would make the same requests, but with the seeds s, s+1, …, which neighbouring
         prompts would share. Raises PromptRejected or EngineBroken. `label` names the requests for `abort`.
         """
+        if self._in_order:
+            raise RuntimeError("generate was called during generate_in_order, whose order it would spoil; wait for that to end")
         (completions,) = await self._run([(prompt, n, sampling, seeds, label)])
         return completions
 
@@ -215,13 +215,16 @@ class RolloutEngine:
         The engine must be idle. Caches are reset first, so the result does not depend on what the engine did before.
         """
         self._check()
-        if self._in_flight:
+        if self._in_flight or self._in_order:
             raise RuntimeError(f"generate_in_order needs an idle engine, but {len(self._in_flight)} groups are in flight")
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        self._in_order = True
         try:
+            await self._llm.pause_generation(mode="keep", clear_cache=True)
             return await self._run([(*request, None) for request in requests], resume=True)
         finally:
-            await self._llm.resume_generation()
+            self._in_order = False
+            if self._llm is not None and not self._llm.errored:
+                await self._llm.resume_generation()
 
     async def _run(self, groups: Sequence[tuple], resume: bool = False) -> list[list[Completion]]:
         self._check()

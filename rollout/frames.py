@@ -40,3 +40,21 @@ def load_frames(folder: str | Path, frame_ids: Iterable[int]) -> dict[int, np.nd
         except (UnidentifiedImageError, OSError) as error:
             raise VideoError(f"{files[t]}: not a readable image ({error}); restore the file or drop the video") from error
     return frames
+
+
+def check_frames(folder: str | Path) -> None:
+    """Looks at every file of a folder of frames without decoding it: its header, and for JPEG its end marker.
+
+    About a tenth of a millisecond a file. Raises `VideoError` naming the file that is broken or cut short.
+    """
+    for file in frame_files(Path(folder)):
+        try:
+            with Image.open(file) as image:
+                jpeg = image.format == "JPEG"
+            with file.open("rb") as handle:
+                handle.seek(-min(64, file.stat().st_size), 2)
+                complete = not jpeg or b"\xff\xd9" in handle.read()
+        except (UnidentifiedImageError, OSError) as error:
+            raise VideoError(f"{file}: not a readable image ({error}); restore the file or drop the video") from error
+        if not complete:
+            raise VideoError(f"{file}: the JPEG is cut short; restore the file or drop the video")

@@ -18,7 +18,6 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 BACKEND = "object_store"
 EXIT_WITH_PARENT = "VIDEOSEG_EXIT_WITH_PARENT"  # set by RolloutEngine while it starts vLLM
@@ -35,7 +34,7 @@ def pack_bucket(tensors: Mapping):
 
     index, offset = [], 0
     for name, array in tensors.items():
-        index.append((name, str(array.dtype), tuple(int(n) for n in array.shape), offset))
+        index.append((name, str(array.dtype), tuple(array.shape), offset))
         offset += math.ceil(array.nbytes / _ALIGNMENT) * _ALIGNMENT
     data = np.zeros(offset, np.uint8)
     for (_, _, _, start), array in zip(index, tensors.values()):
@@ -87,6 +86,47 @@ class ReceivedWeights:
     def received_weights(self) -> dict:
         """`{"digests": [sha256 of every bucket], "tensors": count, "elements": count}` of the update in progress or last finished."""
         return self.weight_transfer_engine.received()
+
+
+class TimedRayClient:
+    """vLLM's `VLLMWeightSyncClient` protocol over rollout actors, with a time limit (vLLM's own Ray client waits for ever).
+
+    For the learner's `WeightTransferTrainerFactory.trainer_init(init_info, client=..., source=...)` with `ipc` or `nccl`.
+    With `nccl` every engine's workers get their own ranks (vLLM's client would give each engine the same ones): the group's
+    `world_size` is 1 + actors * `workers_per_actor`. Raises `ray.exceptions.GetTimeoutError` past `timeout_seconds`.
+    """
+
+    def __init__(self, actors, timeout_seconds: float, workers_per_actor: int = 1):
+        self.actors = list(actors) if isinstance(actors, (list, tuple)) else [actors]
+        self.timeout_seconds = timeout_seconds
+        self.workers_per_actor = workers_per_actor
+
+    def _call(self, method: str, arguments) -> None:
+        """Call `method` of all actors at once, with the i-th of `arguments` (tuples), and wait for all."""
+        import ray
+
+        calls = [getattr(actor, method).remote(*args) for actor, args in zip(self.actors, arguments)]
+        ray.get(calls, timeout=self.timeout_seconds)
+
+    def init_weight_transfer_engine(self, init_info: dict) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        infos = [dict(init_info) for _ in self.actors]
+        for i, info in enumerate(infos):
+            if "rank_offset" in info:
+                info["rank_offset"] += i * self.workers_per_actor
+        self._call("init_weight_transfer_engine", [(WeightTransferInitRequest(init_info=info),) for info in infos])
+
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update", [()] * len(self.actors))
+
+    def update_weights(self, update_info) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        self._call("update_weights", [(WeightTransferUpdateRequest(update_info=update_info),)] * len(self.actors))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._call("finish_weight_update", [()] * len(self.actors))
 
 
 def _exit_with_parent() -> None:

@@ -21,17 +21,16 @@ class SegmenterActor:
     """
 
     def __init__(self, config: SegmentationConfig) -> None:
+        self._error: ValueError | None = None
+        try:
+            self._segmenter = Segmenter(config.checkpoint, config.backend, config.device, config.dtype, config.max_prompts_per_batch)
+        except ValueError as error:  # CheckpointError among them
+            self._error = error
+            return
         import torch
-
-        from .checkpoint import CheckpointError
 
         # A fixed number, for the same reason: sums over another number of threads round differently.
         torch.set_num_threads(config.cpus_per_replica)
-        self._error: Exception | None = None
-        try:
-            self._segmenter = Segmenter(config.checkpoint, config.backend, config.device, config.dtype, config.max_prompts_per_batch)
-        except (CheckpointError, ValueError) as error:
-            self._error = error
 
     def ready(self) -> dict[str, str]:
         """Device and dtype in use, once the weights are loaded. Raises CheckpointError or ValueError where they could not be."""

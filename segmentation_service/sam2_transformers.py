@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +65,7 @@ class TransformersSam2:
     @torch.inference_mode()
     def encode(self, frame_HW3: np.ndarray) -> FrameEmbedding:
         """Encode one RGB frame, uint8 (H, W, 3) of any size (SAM2 stretches it to its own square)."""
+        frame_HW3 = np.require(frame_HW3, requirements="CW")  # frames out of Ray's object store are read-only, which torch warns of
         pixels = self.image_processor(images=frame_HW3, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
         features = self.model.get_image_embeddings(pixels.to(self.device, self.dtype))
         return FrameEmbedding(tuple(features), frame_HW3.shape[:2])
@@ -127,8 +130,8 @@ def resolve_device(device: str = "auto", dtype: str = "auto") -> tuple[str, str]
 def _load_strictly(checkpoint: str):
     """(Sam2Model in float32, image processor) of a folder or hub id, or CheckpointError."""
     check_folder(checkpoint)
-    from transformers import Sam2ImageProcessor, Sam2Model
-    from transformers.models.sam2.configuration_sam2 import Sam2Config
+    from safetensors import SafetensorError
+    from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model
 
     path = str(Path(checkpoint).expanduser()) if Path(checkpoint).expanduser().is_dir() else checkpoint
     damaged = "restore or re-download the checkpoint"
@@ -139,18 +142,37 @@ def _load_strictly(checkpoint: str):
         # A video checkpoint's configuration holds the image model's under the same names.
         config = Sam2Config(**{k: values[k] for k in ("vision_config", "prompt_encoder_config", "mask_decoder_config") if k in values})
         processor = Sam2ImageProcessor.from_pretrained(path)
-        model, report = Sam2Model.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
+        with _quiet_transformers():
+            # Wrong shapes are let through here, to be reported below by name.
+            model, report = Sam2Model.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
     except CheckpointError:
         raise
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"SAM2 checkpoint {checkpoint} cannot be loaded ({reason[:500]})", damaged) from error
-    faults = [
-        f"{len(report[key])} {key.replace('_', ' ')} ({', '.join(sorted(map(str, report[key]))[:3])}{', …' if len(report[key]) > 3 else ''})"
-        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if report.get(key)
-    ]
+    faults = []
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        # A mismatch comes as (key, shape in the file, shape in the model).
+        names = sorted(name if isinstance(name, str) else f"{name[0]} {list(name[1])} for {list(name[2])}" for name in report.get(fault) or ())
+        if names:
+            faults.append(f"{len(names)} {fault.replace('_', ' ')} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
     if faults:
         # Left alone, transformers would fill the gaps with random weights and go on.
         raise CheckpointError(f"SAM2 checkpoint {checkpoint} does not match its config.json: {'; '.join(faults)}", damaged)
     return model, processor
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar and no report of odd keys while loading: what is wrong becomes one error of ours."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .checkpoint import check_folder
 from .config import BACKENDS
 from .masks import encode_rle
 from .prompts import ObjectPrompt, clip_prompt
@@ -18,6 +19,9 @@ __all__ = ["ObjectPrompt", "Sam2Backend", "Segmenter", "SegmenterStats"]
 
 class Sam2Backend(Protocol):
     """What a program that runs SAM2 must offer. Frames are RGB uint8 (H, W, 3) of any size."""
+
+    device: Any
+    dtype: Any
 
     def encode(self, frame_HW3: np.ndarray) -> Any:
         """The embedding of a frame; opaque to the caller, and enough for `decode`."""
@@ -58,7 +62,8 @@ class Segmenter:
         if not isinstance(backend, str):
             self.backend = backend
         elif backend == "transformers":
-            from .sam2_transformers import TransformersSam2  # torch takes seconds to import
+            check_folder(checkpoint)  # before torch, which takes seconds to import
+            from .sam2_transformers import TransformersSam2
 
             self.backend = TransformersSam2.load(checkpoint, device, dtype, max_prompts_per_batch)
         else:

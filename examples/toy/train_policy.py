@@ -27,8 +27,9 @@ from cluster.scoring import mean_box_iou
 from learner.patchify import PatchSpec, patchify
 from reward_service import Target, parse_answer
 from rollout.order import uniform_frames
-from rollout.prompts import PromptBuilder
-from rollout.toy_world import ToyVideo, WorldConfig, make_video
+from rollout.prompts import PromptBuilder, resize
+from rollout.toy_world import COLOURS, SHAPES, ToyVideo, WorldConfig, make_video
+from segmentation_service.masks import mask_to_box
 
 PROMPT = load("debug").prompt  # the policy learns the very prompt that it is trained with later
 PATCHES = PatchSpec(14, 2, 2, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))  # Qwen2.5-VL's
@@ -45,9 +46,9 @@ class Stage:
 
 
 STAGES = (
-    Stage(0.15, WorldConfig(frames=(8, 8), objects=(1, 1), touching=0.0), ("easy",), 0),
-    Stage(0.45, WorldConfig(frames=(8, 8), objects=(1, 3)), ("easy", "mid"), 0),
-    Stage(1.00, WorldConfig(), ("easy", "mid", "hard"), 4),
+    Stage(0.2, WorldConfig(frames=(8, 8), objects=(1, 2), touching=0.0), ("easy",), 0),
+    Stage(0.5, WorldConfig(frames=(8, 8), objects=(1, 4)), ("easy", "mid"), 0),
+    Stage(1.0, WorldConfig(), ("easy", "mid", "hard"), 4),
 )
 
 
@@ -137,6 +138,72 @@ def build_model(tokenizer, seed: int):
     return model
 
 
+LOOKS = len(COLOURS) * len(SHAPES)
+
+
+class Pictures(IterableDataset):
+    """Batches of (images, looks, boxes) of one size: what covers the middle part of each visual token's cell, and its box."""
+
+    def __init__(self, batch: int, steps: int, seed: int):
+        self.batch, self.steps, self.seed = batch, steps, seed
+
+    def __iter__(self):
+        torch.set_num_threads(1)
+        rng = np.random.default_rng([self.seed, 1])
+        for step in range(self.steps):
+            size = PROMPT.target_size if step % 4 else PROMPT.reference_size
+            images, looks, boxes = [], [], []
+            while len(images) < self.batch:
+                video = make_video(int(rng.integers(HELD_OUT)), WorldConfig(frames=(8, 8)))
+                for t in rng.choice(video.num_frames, 4, replace=False):
+                    look, box = token_truth(video, t, size)
+                    images.append(resize(video.frame(t), size))
+                    looks.append(look)
+                    boxes.append(box)
+            yield images, torch.from_numpy(np.stack(looks)), torch.from_numpy(np.stack(boxes))
+
+
+def token_truth(video: ToyVideo, t: int, size_hw) -> tuple[np.ndarray, np.ndarray]:
+    """For every visual token, row by row: the look (0: none) of the shape that covers most of its cell, int64 (tokens,), and
+    that shape's box over the size of the picture, float32 (tokens, 4)."""
+    rows, columns = (v // (PATCHES.patch * PATCHES.merge) for v in size_hw)
+    masks_NHW = video.masks(t)
+    height, width = masks_NHW.shape[1:]
+    cells = masks_NHW.reshape(len(masks_NHW), rows, height // rows, columns, width // columns).mean((2, 4)).reshape(len(masks_NHW), -1)
+    best, covered = cells.argmax(0), cells.max(0) > 0.05
+    kinds, colours = SHAPES, list(COLOURS)
+    looks = np.array([1 + colours.index(s.colour) * len(kinds) + kinds.index(s.kind) for s in video.shapes])
+    boxes = np.array([mask_to_box(m) if m.any() else (0, 0, 0, 0) for m in masks_NHW], np.float32) / np.float32([width, height, width, height])
+    return np.where(covered, looks[best], 0), boxes[best] * covered[:, None].astype(np.float32)
+
+
+def pretrain_vision(model, steps: int, batch: int, lr: float, seed: int) -> list[dict]:
+    """Teaches the vision tower what is where, by a linear head on every visual token; the head is thrown away.
+
+    Real policies start from such towers; without it the language model needs far longer to find the picture useful.
+    """
+    visual = model.model.visual
+    head = torch.nn.Linear(visual.config.out_hidden_size, 1 + LOOKS + 4)
+    optimizer = torch.optim.AdamW([*visual.parameters(), *head.parameters()], lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    curve, began = [], time.time()
+    for step, (images, looks, boxes) in enumerate(DataLoader(Pictures(batch, steps, seed), batch_size=None, collate_fn=tuple, num_workers=1, prefetch_factor=4), 1):
+        pixels, grid = patchify(images, PATCHES)
+        out = head(torch.cat(tuple(model.model.get_image_features(pixels, grid).pooler_output)))
+        looks, boxes = looks.flatten(), boxes.flatten(0, 1)
+        there = looks > 0
+        distance = (out[:, -4:][there] - boxes[there]).abs().mean()
+        loss = torch.nn.functional.cross_entropy(out[:, :-4], looks) + 5.0 * distance
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(visual.parameters(), 1.0)
+        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        if step % 50 == 0:
+            right = (out[:, :-4].argmax(-1) == looks)[there].float().mean()
+            curve.append({"step": step, "look_accuracy": round(right.item(), 3), "box_error": round(distance.item(), 4), "seconds": round(time.time() - began)})
+            print("vision", json.dumps(curve[-1]), flush=True)
+    return curve
+
+
 def save_processors(tokenizer, folder: Path) -> None:
     """Everything of the checkpoint folder but config and weights."""
     from transformers import GenerationConfig, Qwen2VLImageProcessor
@@ -182,9 +249,10 @@ def evaluate(model, tokenizer, stage: Stage, count: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--vision-steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2.5e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--eval-every", type=int, default=250)
@@ -208,6 +276,7 @@ def main() -> None:
     save_processors(tokenizer, work)
     model.config.save_pretrained(work)
     tokenizer.name_or_path = str(work)
+    vision_curve = pretrain_vision(model, args.vision_steps, 96, 2e-3, args.seed)
 
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
@@ -236,7 +305,7 @@ def main() -> None:
 
     recipe = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     stages = [asdict(stage) for stage in STAGES]
-    (work / "training.json").write_text(json.dumps({"recipe": recipe, "stages": stages, "curve": curve}, indent=1))
+    (work / "training.json").write_text(json.dumps({"recipe": recipe, "vision_curve": vision_curve, "stages": stages, "curve": curve}, indent=1))
     shutil.rmtree(args.out, ignore_errors=True)
     os.replace(work, args.out)
 

@@ -80,7 +80,7 @@ def test_loss_and_gradient_do_not_depend_on_the_split(aggregation, budget):
     expected.backward()
 
     sizes = [SampleSize(s.group, len(s.prompt_ids), len(s.response_ids)) for s in samples]
-    micro_batches = [indices for share in schedule(sizes, 2, budget) for indices in share]
+    micro_batches = [indices for share in schedule(sizes, 2, budget) for indices in share if indices]
     assert len(micro_batches) > (2 if budget < 1000 else 1)
     found = 0.0
     for indices in micro_batches:

@@ -107,3 +107,33 @@ def build_tiny_policy(folder, *, seed=0, tie=True, hidden=128, layers=4, scale=0
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=1024 * 1024, patch_size=14, merge_size=2, temporal_patch_size=2).save_pretrained(folder)
     return folder
+
+
+def tiny_prompt(folder, text="the red circle", sizes=((56, 56), (56, 56), (168, 112)), seed=0, tokenizer=None):
+    """A `rollout.prompts.Prompt` with one random image of each (height, width) in `sizes`, the last one the target frame."""
+    from transformers import AutoTokenizer
+
+    from rollout.prompts import Prompt, expand_pads, fingerprint
+
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
+    rng = np.random.default_rng(seed)
+    images = tuple(rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in sizes)
+    grid_thw = np.array([[1, h // 14, w // 14] for h, w in sizes], np.int64)
+    frames = "".join(f"{i}s: <|vision_start|><|image_pad|><|vision_end|>" for i in range(len(sizes)))
+    chat = f"<|im_start|>user\n{frames}Find {text}.<|im_end|>\n<|im_start|>assistant\n"
+    short_ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    token_ids = expand_pads(short_ids, tokenizer.convert_tokens_to_ids("<|image_pad|>"), grid_thw.prod(1) // 4)
+    return Prompt(
+        episode_id=f"tiny-{seed}",
+        text=chat,
+        token_ids=token_ids,
+        vllm_token_ids=tuple(short_ids),
+        images=images,
+        grid_thw=grid_thw,
+        frame_ids=tuple(range(len(sizes) - 1)),
+        target_frame=len(sizes) - 1,
+        policy_hw=sizes[-1],
+        frame_hw=sizes[-1],
+        units="pixels",
+        fingerprint=fingerprint(token_ids, images),
+    )

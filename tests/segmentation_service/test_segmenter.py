@@ -120,6 +120,13 @@ def test_segment_group_returns_rles_of_the_same_masks(fresh, frame):
             assert rle["size"] == [60, 100] and (decode_rle(rle) == mask).all()
 
 
+def test_frames_out_of_the_object_store_are_read_only(fresh, frame, recwarn):
+    locked = frame.copy()
+    locked.flags.writeable = False
+    (a,), (b,) = fresh.segment_frame(locked, [[BOX]]), fresh.segment_frame(frame, [[BOX]])
+    assert (a == b).all() and not [w for w in recwarn if "writ" in str(w.message)]
+
+
 def test_same_group_twice_is_bit_equal(fresh, frame):
     for a, b in zip(fresh.segment_frame(frame, HYPOTHESES), fresh.segment_frame(frame, HYPOTHESES)):
         assert (a == b).all()

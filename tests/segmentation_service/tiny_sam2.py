@@ -44,10 +44,13 @@ def randomise(model, seed: int = 0) -> None:
 def save_tiny_sam2(folder: Path, image_size: int = TINY_SIZE, video: bool = False) -> Path:
     import torch
     from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model, Sam2VideoConfig, Sam2VideoModel
+    from transformers.models.sam2_video import Sam2VideoMaskDecoderConfig
 
     torch.manual_seed(0)
     values = tiny_sam2_values(image_size)
     if video:
+        # As an object: transformers 5.19 makes a prompt encoder's configuration of a dictionary here.
+        values["mask_decoder_config"] = Sam2VideoMaskDecoderConfig(**values["mask_decoder_config"])
         values |= dict(memory_attention_hidden_size=32, memory_encoder_hidden_size=32, memory_encoder_output_channels=16, image_size=image_size)
         model = Sam2VideoModel(Sam2VideoConfig(**values))
     else:

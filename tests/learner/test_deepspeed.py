@@ -1,0 +1,141 @@
+"""The worker under DeepSpeed: ZeRO 0, 1, 2, 3, one and two ranks against a plain optimiser step; resume, export, rest.
+
+The learners run in processes of their own (learner_ranks.py), so that no process group is left in the test session.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_learner import BANNED, plain_logprobs, random_samples, save_policy
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("learner")
+    save_policy(folder / "policy")
+    save_policy(folder / "tied", tie=True)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1] % 60000 + 2000
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(HERE / "learner_ranks.py"), str(folder), str(port)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return {name: json.loads((folder / f"results_{name}.json").read_text()) for name in ("1_0", "2_0", "2_1")}
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """One step of the plain computation in float32: (loss, gradient norm, log-probs, name -> (old weight, gradient))."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForImageTextToText
+
+    torch.set_num_threads(1)
+    model = AutoModelForImageTextToText.from_pretrained(folder / "policy", dtype=torch.float32)
+    samples = random_samples(groups=3, completions=3, seed=0)
+    tokens = sum(len(s.response_ids) for s in samples)
+    logprobs, total = [], 0.0
+    for s in samples:
+        lp = plain_logprobs(model, s, 0.7, BANNED)
+        tis = torch.exp(lp.detach() - torch.from_numpy(s.rollout_logprobs)).clamp(max=2.0)
+        total = total - (s.advantage * tis * torch.exp(lp - lp.detach())).sum() / tokens  # KL and its gradient are 0 at the reference
+        logprobs.append(lp.detach())
+    total.backward()
+    norm = float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm())
+    from learner.weights import checkpoint_names
+
+    names = checkpoint_names(model)
+    gradients = {names[name]: p.grad for name, p in model.named_parameters()}
+    start = load_file(folder / "policy" / "model.safetensors")
+    assert set(start) == set(gradients), "names must be those of the checkpoint"
+    return float(total.detach()), norm, logprobs, {name: (start[name], gradients[name]) for name in start}
+
+
+@pytest.mark.parametrize("name", ["zero0_1", "zero2_1", "zero3_1", "whole_1", "zero0_2", "zero2_2", "zero3_2"])
+def test_a_step_equals_the_plain_one(folder, expected, name):
+    found = torch.load(folder / f"{name}.pt", weights_only=False)
+    loss, norm, logprobs, tensors = expected
+    assert found["metrics"]["loss"] == pytest.approx(loss, abs=1e-6)
+    assert found["metrics"]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    for a, b in zip(found["before"], logprobs, strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), b, rtol=1e-5, atol=1e-5)
+    for key, (old, gradient) in tensors.items():
+        step = 30.0 * gradient / (gradient.abs() + 1.0)  # AdamW's first step with beta1 = 0 and epsilon 1
+        error = (old - step - found["weights"][key]).norm()
+        assert error < 1e-5 * step.norm() + 3e-7 * old.norm(), key
+
+
+def test_ranks_agree(results):
+    assert results["2_0"] == results["2_1"]
+
+
+@pytest.mark.parametrize("rank,stage", [("1_0", 0), ("1_0", 2), ("2_0", 2), ("2_0", 3)])
+def test_resume_is_bit_equal(results, rank, stage):
+    resumed = results[rank][f"resume{stage}"]
+    assert resumed["metrics equal"] and resumed["weights equal"] and resumed["moved"]
+    assert resumed["lrs"] == pytest.approx([3e-3, 3e-3, 1.5e-3])
+    assert resumed["grad_norms"] == pytest.approx(results["1_0"]["resume2"]["grad_norms"], rel=1e-4)
+    assert "zero_stage = 2, this run has 0" in results["1_0"]["other stage"]
+
+
+def test_nothing_moves_at_learning_rate_zero(results):
+    assert results["1_0"]["at rest"] == {"weights": True, "logprobs": True, "kl": [0.0] * 4}
+
+
+def test_frozen_vision_stays(results):
+    assert results["1_0"]["frozen vision"] == {"visual": 0, "text": 27}
+
+
+def test_several_updates_use_the_first_logprobs(results):
+    several = results["1_0"]["several updates"]
+    assert several["updates"] == 4 and several["ratio"] != 1.0 and several["clip_low_fraction"] + several["clip_high_fraction"] > 0
+    assert several["mismatch_abs"] == pytest.approx(several["first mismatch"], rel=1e-6)
+
+
+def test_a_rank_without_samples_takes_part(results):
+    assert results["2_0"]["one sample 2"] == pytest.approx(results["2_0"]["one sample 3"], rel=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_export_gives_the_same_logits(folder, world_size):
+    from safetensors.torch import load_file
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText
+
+    export = folder / f"export_{world_size}"
+    trained = torch.load(folder / f"zero3_{world_size}.pt", weights_only=False)["weights"]
+    written = load_file(export / "model.safetensors")
+    assert written.keys() == trained.keys() and all(torch.equal(written[name], trained[name]) for name in written)
+    assert {p.name for p in export.iterdir()} == {p.name for p in (folder / "policy").iterdir()}
+    AutoImageProcessor.from_pretrained(export)
+
+    sample = random_samples(groups=1, completions=1)[0]
+    exported, loading = AutoModelForImageTextToText.from_pretrained(export, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    start = AutoModelForImageTextToText.from_pretrained(folder / "policy")
+    from learner.weights import checkpoint_names
+
+    names = checkpoint_names(start)
+    with torch.no_grad():
+        for name, parameter in start.named_parameters():
+            parameter.copy_(trained[names[name]])
+        assert torch.equal(plain_logprobs(exported, sample, 1.0), plain_logprobs(start, sample, 1.0))
+
+
+def test_tied_head_is_left_out(folder):
+    weights = torch.load(folder / "tied_1.pt", weights_only=False)["weights"]
+    assert "lm_head.weight" not in weights and "model.embed_tokens.weight" in weights
