@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -122,22 +122,17 @@ class MicroBatch:
     lengths: Tensor
     indices: tuple[int, ...]
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> MicroBatch:
-        """On `device`; pixels and the attention mask also in `dtype`, log-probs and advantages stay float32."""
-        names = ("input_ids", "position_ids", "grid_thw", "target_rows", "target_ids", "sequence", "rollout_logprobs", "advantages", "lengths")
-        moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
-        pixels = None if self.pixel_values is None else self.pixel_values.to(device, dtype)
-        return replace(self, **moved, pixel_values=pixels, layout=self.layout.to(device, dtype))
-
 
 RopeIndex = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def collate(samples: Sequence[Sample], indices: Sequence[int], spec: PatchSpec, rope_index: RopeIndex, device="cpu") -> MicroBatch:
+def collate(
+    samples: Sequence[Sample], indices: Sequence[int], spec: PatchSpec, rope_index: RopeIndex, device="cpu", dtype=torch.float32
+) -> MicroBatch:
     """Pack samples[i] for i in `indices` (at least one); completions of one group share their prompt.
 
     rope_index(prompt_ids (P,), grid_thw (n, 3)) -> M-RoPE positions (3, P): the model's own. A completion continues after
-    the prompt's largest position, as text does. Pixels are made on `device`, the rest on the CPU.
+    the prompt's largest position, as text does. Everything is on `device`; pixels and the attention mask are of `dtype`.
     """
     chosen = [samples[i] for i in indices]
     number: dict[int, int] = {}
@@ -162,19 +157,19 @@ def collate(samples: Sequence[Sample], indices: Sequence[int], spec: PatchSpec, 
     # The prompt's last token predicts the first response token; every response token predicts the next one.
     target_rows = [np.concatenate([[prompt_ends[b] - 1], start + np.arange(n - 1)]) for b, start, n in zip(prompt_of, response_starts, lengths)]
     images = [image for p in prompts for image in p.images]
-    pixel_values, grid_thw = patchify(images, spec, device) if images else (None, None)
-    flat = lambda arrays, dtype: torch.from_numpy(np.concatenate(arrays).astype(dtype))
+    pixel_values, grid_thw = patchify(images, spec, device, dtype) if images else (None, None)
+    tensor = lambda array, kind: torch.from_numpy(np.ascontiguousarray(array, kind)).to(device)
     return MicroBatch(
-        input_ids=flat([p.prompt_ids for p in prompts] + [s.response_ids[:-1] for s in chosen], np.int64)[None],
-        position_ids=torch.from_numpy(np.ascontiguousarray(position_ids))[:, None],
+        input_ids=tensor(np.concatenate([p.prompt_ids for p in prompts] + [s.response_ids[:-1] for s in chosen]), np.int64)[None],
+        position_ids=tensor(position_ids, np.int64)[:, None],
         pixel_values=pixel_values,
-        grid_thw=grid_thw,
-        layout=shared_prompt_layout(prompt_lengths, lengths - 1, prompt_of),
-        target_rows=flat(target_rows, np.int64),
-        target_ids=flat([s.response_ids for s in chosen], np.int64),
-        sequence=torch.from_numpy(np.repeat(np.arange(len(chosen)), lengths)),
-        rollout_logprobs=flat([s.rollout_logprobs for s in chosen], np.float32),
-        advantages=torch.tensor([s.advantage for s in chosen], dtype=torch.float32),
-        lengths=torch.from_numpy(lengths),
+        grid_thw=None if grid_thw is None else grid_thw.to(device),
+        layout=shared_prompt_layout(prompt_lengths, lengths - 1, prompt_of, device, dtype),
+        target_rows=tensor(np.concatenate(target_rows), np.int64),
+        target_ids=tensor(np.concatenate([s.response_ids for s in chosen]), np.int64),
+        sequence=tensor(np.repeat(np.arange(len(chosen)), lengths), np.int64),
+        rollout_logprobs=tensor(np.concatenate([s.rollout_logprobs for s in chosen]), np.float32),
+        advantages=tensor(np.array([s.advantage for s in chosen]), np.float32),
+        lengths=tensor(lengths, np.int64),
         indices=tuple(indices),
     )

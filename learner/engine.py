@@ -45,8 +45,11 @@ def deepspeed_settings(config: LearnerConfig, world_size: int, dtype: torch.dtyp
 
     `managed_gradient_accumulation` off: backward passes accumulate and `step()` is the boundary, whatever their number, so
     DeepSpeed divides by nothing and the loss's own weights (over all micro-batches and ranks) are the only normalisation.
+    Raises ValueError for a combination that DeepSpeed lacks.
     """
-    settings = {
+    if config.zero_stage == 0 and dtype == torch.bfloat16:
+        raise ValueError("learner.zero_stage = 0 with bfloat16: DeepSpeed has no float32 gradient accumulation there; use zero_stage 1 or more")
+    return {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -59,7 +62,6 @@ def deepspeed_settings(config: LearnerConfig, world_size: int, dtype: torch.dtyp
         "gradient_clipping": 0.0 if clips_itself(config, dtype) else config.max_grad_norm,
         "steps_per_print": None,
     }
-    return settings
 
 
 def clips_itself(config: LearnerConfig, dtype: torch.dtype) -> bool:

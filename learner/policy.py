@@ -36,10 +36,9 @@ class PolicyModel(nn.Module):
 
     def forward(self, batch: MicroBatch, entropy: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probs (M,) of the response tokens and their entropies (M,) (empty unless asked for), float32."""
-        masks = {kind: batch.layout for kind in ("full_attention", "sliding_attention")}
         output = self.model.model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=masks, use_cache=False,
-            pixel_values=batch.pixel_values, image_grid_thw=batch.grid_thw,
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, pixel_values=batch.pixel_values,
+            image_grid_thw=batch.grid_thw, shared_prompt_layout=batch.layout,  # travels through transformers to our attention
         )
         hidden = output.last_hidden_state[0].index_select(0, batch.target_rows)
         if batch.pixel_values is None:
@@ -58,10 +57,10 @@ class PolicyModel(nn.Module):
 
     def rope_index(self, prompt_ids: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
         """M-RoPE positions (3, P) int64 of one prompt, by the model's own rule."""
-        ids = torch.from_numpy(np.asarray(prompt_ids, np.int64))[None]
+        ids = torch.from_numpy(np.array(prompt_ids, np.int64))[None]
         config = self.model.config
         kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
-        grid = torch.from_numpy(np.asarray(grid_thw, np.int64)) if len(grid_thw) else None
+        grid = torch.from_numpy(np.array(grid_thw, np.int64)) if len(grid_thw) else None
         positions, _ = self.model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)
         return positions[:, 0].numpy()
 

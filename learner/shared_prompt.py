@@ -9,7 +9,7 @@ the prompt's share of the work (and its vision tokens) is done once, forward and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,15 +36,14 @@ class SharedPromptLayout:
     group_of_response: Tensor
     mask: Tensor | None
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> SharedPromptLayout:
-        move = {name: getattr(self, name).to(device) for name in ("padded_to_packed", "packed_to_padded", "padding", "group_of_response")}
-        return replace(self, **move, mask=None if self.mask is None else self.mask.to(device, dtype))
 
-
-def shared_prompt_layout(prompt_lengths: Sequence[int], response_lengths: Sequence[int], group_of_response: Sequence[int]) -> SharedPromptLayout:
+def shared_prompt_layout(
+    prompt_lengths: Sequence[int], response_lengths: Sequence[int], group_of_response: Sequence[int],
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+) -> SharedPromptLayout:
     """Layout of a row that holds all prompts, one after the other, then all responses (lengths may be 0 for responses).
 
-    `group_of_response[i]` is the index of the prompt that response i continues.
+    `group_of_response[i]` is the index of the prompt that response i continues; `dtype` is that of queries and keys.
     """
     prompt_lengths, response_lengths = np.asarray(prompt_lengths, np.int64), np.asarray(response_lengths, np.int64)
     group_of_response = np.asarray(group_of_response, np.int64)
@@ -58,14 +57,16 @@ def shared_prompt_layout(prompt_lengths: Sequence[int], response_lengths: Sequen
     )
     packed_to_padded = np.flatnonzero(valid)
     padded_to_packed = np.where(valid, np.cumsum(valid) - 1, 0)
+    tensor = lambda array: torch.from_numpy(array).to(device)
     mask = None
     if N:
-        to_prompt = np.arange(P) < prompt_lengths[group_of_response][:, None, None]
-        to_itself = np.arange(R) <= np.arange(R)[:, None]
-        allowed = np.concatenate([np.broadcast_to(to_prompt, (N, R, P)), np.broadcast_to(to_itself, (N, R, R))], axis=2)
-        mask = torch.zeros(N, 1, R, P + R).masked_fill_(~torch.from_numpy(allowed)[:, None], float("-inf"))
+        # Made where it is used: it is the largest thing here, and the same for all layers.
+        position, own = torch.arange(P + R, device=device), P + torch.arange(R, device=device)
+        to_prompt = position < tensor(prompt_lengths[group_of_response])[:, None, None]
+        to_itself = (position >= P) & (position <= own[:, None])
+        mask = torch.zeros(N, 1, R, P + R, device=device, dtype=dtype).masked_fill_(~(to_prompt | to_itself)[:, None], float("-inf"))
     return SharedPromptLayout(
-        (B, P), (N, R), *(torch.from_numpy(a) for a in (padded_to_packed, packed_to_padded, np.flatnonzero(~valid), group_of_response)), mask
+        (B, P), (N, R), tensor(padded_to_packed), tensor(packed_to_padded), tensor(np.flatnonzero(~valid)), tensor(group_of_response), mask
     )
 
 
@@ -111,16 +112,18 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Ten
     return out.transpose(1, 2)
 
 
-def shared_prompt_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, dropout=0.0, **kwargs):
+def shared_prompt_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling, shared_prompt_layout=None, **kwargs):
     """transformers' attention interface: query (1, heads, T, width), key and value (1, key heads, T, width) -> (1, T, heads, width).
 
-    `attention_mask` is a SharedPromptLayout; anything else (generation, plain batches) goes to the usual SDPA.
+    `shared_prompt_layout`: an argument of the model's forward pass. Without it (generation, plain batches) this is the usual SDPA.
     """
-    if not isinstance(attention_mask, SharedPromptLayout):
+    layout = shared_prompt_layout
+    if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    layout = attention_mask
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if kwargs.get("dropout"):
+        raise ValueError(f"attention dropout {kwargs['dropout']} is not supported with shared prompts; set it to 0 in the policy's config")
     (B, P), (N, R) = layout.prompts, layout.responses
     q, k, v = (_Unpack.apply(x[0].transpose(0, 1), layout) for x in (query, key, value))
     split = lambda x: (x[: B * P].view(B, P, *x.shape[1:]), x[B * P :].view(N, R, *x.shape[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,8 +37,11 @@ class WeightBucket:
     sha256: str | None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) views into `data`, without a copy."""
-        flat = torch.from_numpy(self.data)
+        """(name, tensor) views into `data`, without a copy: do not write to them."""
+        with warnings.catch_warnings():
+            # What comes out of Ray's object store cannot be written to, of which torch warns.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            flat = torch.from_numpy(self.data)
         for e in self.entries:
             dtype = getattr(torch, e.dtype)
             size = int(np.prod(e.shape, dtype=np.int64)) * dtype.itemsize

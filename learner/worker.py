@@ -145,7 +145,7 @@ class LearnerWorker:
             raise FloatingPointError(f"step {self.steps}: the loss is {float(check)}; the weights are as before the step")
         norm = self.engine.step(rate)
         self.updates += 1
-        if not np.isfinite(norm):
+        if not np.isfinite(norm) or norm < 0:  # ZeRO reports -1 for a norm that is not finite
             raise FloatingPointError(f"step {self.steps}: the gradient norm is {norm}; the weights are lost, resume from a checkpoint")
         return norm
 
@@ -181,7 +181,7 @@ class LearnerWorker:
         """This rank's micro-batches on its device, and whether they count: an empty one is filled with the part's shortest sample."""
         filler = min(part, key=lambda i: (len(samples[i].prompt_ids) + len(samples[i].response_ids), i))
         for indices in plan[self.rank]:
-            batch = collate(samples, indices or [filler], self.patches, self.policy.rope_index, self.device).to(self.device, self.dtype)
+            batch = collate(samples, indices or [filler], self.patches, self.policy.rope_index, self.device, self.dtype)
             clock.lap("collate")
             yield batch, bool(indices)
 

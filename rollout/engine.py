@@ -86,7 +86,7 @@ class RolloutEngine:
         """Start vLLM if it is not running; `{"model", "device", "dtype", "weight_sync", "versions", "seconds", ...}`."""
         if self._llm is None:
             self._start()
-            await self._llm.update_weight_version("initial")
+            await self._call("starting", self._llm.update_weight_version("initial"))
         self._check()
         return self._report
 
@@ -125,6 +125,8 @@ class RolloutEngine:
 
     def _environment(self) -> dict[str, str]:
         variables = {"VLLM_LOGGING_LEVEL": self.config.log_level, weight_transfer.EXIT_WITH_PARENT: "1"}
+        if self.config.tensor_parallel == 1:
+            variables[weight_transfer.KEEP_IMAGE_DATA] = "1"
         if self.device == "cpu":
             # With multiprocessing "on" the CPU platform swaps the in-process executor for one more process; AsyncLLM's
             # engine core is a child process either way.
@@ -193,6 +195,26 @@ class RolloutEngine:
         if self._llm is None:
             raise RuntimeError("this rollout engine has not started; await ready() first")
 
+    async def _call(self, what: str, call: Awaitable):
+        """A call to vLLM's process, within `sync_timeout_seconds` (vLLM itself waits for ever, even for a dead process)."""
+        llm, task = self._llm, asyncio.ensure_future(call)
+        deadline = time.monotonic() + self.config.sync_timeout_seconds
+        try:
+            while not task.done():
+                await asyncio.wait([task], timeout=1.0)
+                if not task.done() and llm.errored:
+                    raise self._died(f"while {what}")
+                if not task.done() and time.monotonic() > deadline:
+                    self._broken = f"vLLM did not answer in {self.config.sync_timeout_seconds:g} s while {what}"
+                    raise EngineBroken(self._broken)
+            return task.result()
+        finally:
+            task.cancel()
+
+    def _died(self, when: str) -> EngineBroken:
+        self._broken = self._broken or f"vLLM's engine process died {when}; its own log says why"
+        return EngineBroken(self._broken)
+
     # ---- generation ----
 
     async def generate(
@@ -219,7 +241,7 @@ class RolloutEngine:
             raise RuntimeError(f"generate_in_order needs an idle engine, but {len(self._in_flight)} groups are in flight")
         self._in_order = True
         try:
-            await self._llm.pause_generation(mode="keep", clear_cache=True)
+            await self._call("pausing", self._llm.pause_generation(mode="keep", clear_cache=True))
             return await self._run([(*request, None) for request in requests], resume=True)
         finally:
             self._in_order = False
@@ -249,8 +271,7 @@ class RolloutEngine:
             if pending and self._llm is not None and not self._llm.errored:
                 await self._llm.abort(pending, internal=True)
             if self._llm is not None and self._llm.errored:
-                self._broken = self._broken or f"vLLM's engine process died ({type(error).__name__}: {error}); its own log says why"
-                raise EngineBroken(self._broken) from error
+                raise self._died("while generating") from error
             raise
         finally:
             for label in labels:
@@ -346,27 +367,27 @@ class RolloutEngine:
     async def pause(self, mode: str = "keep", clear_cache: bool = False) -> None:
         """Stop drawing tokens: "keep" freezes requests, "wait" lets them finish, "abort" ends them. New ones queue until `resume`."""
         self._check()
-        await self._llm.pause_generation(mode=mode, clear_cache=clear_cache)
+        await self._call("pausing", self._llm.pause_generation(mode=mode, clear_cache=clear_cache))
 
     async def resume(self) -> None:
         """Go on after `pause`."""
         self._check()
-        await self._llm.resume_generation()
+        await self._call("resuming", self._llm.resume_generation())
 
     async def reset_caches(self) -> None:
         """Forget all KV prefixes, processed images and encoder outputs; needed after each weight update (old weights made them)."""
         self._check()
-        if not await self._llm.reset_prefix_cache():
+        if not await self._call("resetting caches", self._llm.reset_prefix_cache()):
             raise RuntimeError("the prefix cache cannot be reset while requests run; pause the engine with clear_cache=True, or let them finish")
-        await self._llm.reset_mm_cache()
-        await self._llm.reset_encoder_cache()
+        await self._call("resetting caches", self._llm.reset_mm_cache())
+        await self._call("resetting caches", self._llm.reset_encoder_cache())
 
     async def sleep(self, level: int = 1) -> bool:
         """Give GPU memory back (1: weights to host memory, 2: weights dropped, a full sync must follow). False, doing nothing, where sleep is off."""
         self._check()
         if self.device == "cpu" or not self.config.sleep:
             return False
-        await self._llm.sleep(level=level)
+        await self._call("going to sleep", self._llm.sleep(level=level))
         return True
 
     async def wake_up(self, tags: Sequence[str] | None = None) -> bool:
@@ -374,7 +395,7 @@ class RolloutEngine:
         self._check()
         if self.device == "cpu" or not self.config.sleep:
             return False
-        await self._llm.wake_up(list(tags) if tags is not None else None)
+        await self._call("waking up", self._llm.wake_up(list(tags) if tags is not None else None))
         return True
 
     # ---- weights ----
@@ -429,15 +450,16 @@ class RolloutEngine:
         self._updating = False
         self._stats["weight_updates"] += 1
         self._stats["weight_update_seconds"] += time.perf_counter() - self._update_started
-        return await self.weight_version()
+        return await self._step("reading the version", self._llm.get_weight_version())
 
     async def _step(self, what: str, call: Awaitable):
-        """One call of a weight update, within the time limit; any failure breaks the engine (its model is half old, half new)."""
+        """One call of a weight update; any failure breaks the engine (its model is half old, half new)."""
         try:
-            return await asyncio.wait_for(call, self.config.sync_timeout_seconds)
+            return await self._call(what, call)
+        except EngineBroken:
+            raise
         except Exception as error:
-            cause = f"no answer in {self.config.sync_timeout_seconds:g} s" if isinstance(error, TimeoutError) else str(error)
-            self._broken = f"a weight update failed while {what}: {cause}"
+            self._broken = f"a weight update failed while {what}: {error}"
             raise EngineBroken(self._broken) from error
 
     async def init_weight_transfer_engine(self, request) -> None:
@@ -463,12 +485,12 @@ class RolloutEngine:
     async def weight_version(self) -> str:
         """The label of the weights in use ("initial" before the first update)."""
         self._check()
-        return await self._llm.get_weight_version()
+        return await self._call("reading the version", self._llm.get_weight_version())
 
     async def weights_checksum(self) -> str:
         """SHA-256 (hex) over vLLM's own digests of all parameters, in its fused form. On a CPU, packed layers are not in it."""
         self._check()
-        digests = await self._llm.compute_weight_checksums()
+        digests = await self._call("hashing weights", self._llm.compute_weight_checksums())
         return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
     # ---- what it is ----

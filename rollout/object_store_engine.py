@@ -57,13 +57,16 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        unfinished = _unfinished_layers(self.model, self._complete)
+        unfinished, tied = _unfinished_layers(self.model, self._complete)
         if unfinished:
             raise ValueError(
                 f"the weight update left {len(unfinished)} layers without some of their weights: {', '.join(unfinished[:8])}; "
                 "every parameter of the policy must be sent between start and finish"
             )
         finalize_layerwise_reload(self.model, self.model_config)
+        for layer in tied:
+            # A head tied to the embeddings gets no weights of its own, so vLLM leaves it with the packed copy of the old ones.
+            layer.quant_method.process_weights_after_loading(layer)
 
     def received(self) -> dict:
         return {"digests": self._digests, "tensors": self._tensors, "elements": self._elements}
@@ -79,24 +82,28 @@ def _tensor(data: mmap.mmap, dtype: str, shape: list[int], offset: int) -> torch
     return torch.frombuffer(raw, dtype=dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
 
 
-def _unfinished_layers(model: torch.nn.Module, complete: bool) -> list[str]:
-    """Layers that layerwise reload would finish with old or uninitialised numbers.
+def _unfinished_layers(model: torch.nn.Module, complete: bool) -> tuple[list[str], list[torch.nn.Module]]:
+    """Layers that layerwise reload would finish with old or uninitialised numbers, as text; and layers tied to another that was loaded.
 
     vLLM processes a layer once all its elements have come; what is left at the end it either restores (nothing came) or
-    processes as it is (some came), which is right only for the padded rows of a vocabulary.
+    processes as it is (some came), which is right only for the padded rows of a vocabulary. Buffers are not counted: vLLM
+    computes them itself, no checkpoint holds them.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    unfinished = []
-    for name, layer in model.named_modules():
-        info = get_layerwise_info(layer)
-        if not info.can_load() or not info.load_numel_total:
+    layers = [(name, layer, get_layerwise_info(layer)) for name, layer in model.named_modules() if layer._parameters]
+    kernel_ids = lambda layer, info: {id(p) for p in (info.kernel_tensors[0] if info.can_load() else layer._parameters).values() if p is not None}
+    loaded_ids = {key for _, layer, info in layers if not info.can_load() or info.load_numel for key in kernel_ids(layer, info)}
+    unfinished, tied = [], []
+    for name, layer, info in layers:
+        if not info.can_load():
             continue
-        missing = info.load_numel_total - info.load_numel
-        if isinstance(layer, VocabParallelEmbedding) and info.load_numel:
-            rows = layer.num_embeddings_per_partition - layer.shard_indices.num_org_elements
-            missing -= rows * layer.embedding_dim
-        if missing > 0 and (complete or info.load_numel):
-            unfinished.append(f"{name} ({info.load_numel} of {info.load_numel_total} numbers)")
-    return unfinished
+        expected = sum(parameter.numel() for parameter in layer._parameters.values() if parameter is not None)
+        if isinstance(layer, VocabParallelEmbedding):
+            expected -= (layer.num_embeddings_per_partition - layer.shard_indices.num_org_elements) * layer.embedding_dim
+        if info.load_numel == 0 and kernel_ids(layer, info) <= loaded_ids:
+            tied.append(layer)
+        elif info.load_numel < expected and (complete or info.load_numel):
+            unfinished.append(f"{name} ({info.load_numel} of {expected} numbers)")
+    return unfinished, tied

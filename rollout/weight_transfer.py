@@ -20,7 +20,9 @@ import threading
 from collections.abc import Mapping
 
 BACKEND = "object_store"
-EXIT_WITH_PARENT = "VIDEOSEG_EXIT_WITH_PARENT"  # set by RolloutEngine while it starts vLLM
+# Set by RolloutEngine while it starts vLLM, so that vLLM engines of other programs are left alone.
+EXIT_WITH_PARENT = "VIDEOSEG_EXIT_WITH_PARENT"
+KEEP_IMAGE_DATA = "VIDEOSEG_KEEP_IMAGE_DATA"
 _ALIGNMENT = 64
 
 
@@ -146,6 +148,18 @@ def _exit_with_parent() -> None:
     threading.Thread(target=watch, name="exit-with-parent", daemon=True).start()
 
 
+def _keep_image_data() -> None:
+    """Let vLLM's worker keep the pixels of images whose KV was found in the prefix cache.
+
+    vLLM 0.32 does not send them, to save copying between processes (vllm-project/vllm#52041). Its first model runner then crashes when such a request
+    is preempted and the caches are dropped (a weight update with requests in flight), because the images must be encoded
+    again. In the in-process executor there is no copying to save.
+    """
+    from vllm.v1.core.sched import output
+
+    output.strip_covered_mm_data = lambda mm_features, *args, **kwargs: mm_features
+
+
 def register() -> None:
     """Entry point of the `vllm.general_plugins` group; safe to call more than once."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
@@ -154,3 +168,5 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(BACKEND, "rollout.object_store_engine", "ObjectStoreWeightTransferEngine")
     if os.environ.get(EXIT_WITH_PARENT):
         _exit_with_parent()
+    if os.environ.get(KEEP_IMAGE_DATA):
+        _keep_image_data()

@@ -3,13 +3,15 @@
     python -m examples.toy.train_policy --out examples/toy/models/policy
 
 The curriculum starts with one object, then adds objects, then queries that need space and time. The result is a Hugging
-Face folder with `training.json` (recipe, seed, seconds, learning curve on held-out videos) beside the weights.
+Face folder with `training.json` (recipe, seed, seconds, learning curve on held-out videos) beside the weights. A training that
+was cut short goes on from its last evaluation.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import time
@@ -19,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
 from examples.toy.teacher import answer
 from examples.toy.tokenizer import train_tokenizer
@@ -46,8 +49,7 @@ class Stage:
 
 
 STAGES = (
-    Stage(0.2, WorldConfig(frames=(8, 8), objects=(1, 2), touching=0.0), ("easy",), 0),
-    Stage(0.5, WorldConfig(frames=(8, 8), objects=(1, 4)), ("easy", "mid"), 0),
+    Stage(0.4, WorldConfig(frames=(8, 8), objects=(1, 2), touching=0.0), ("easy",), 0),
     Stage(1.0, WorldConfig(), ("easy", "mid", "hard"), 4),
 )
 
@@ -81,14 +83,14 @@ def examples_of(video: ToyVideo, builder: PromptBuilder, stage: Stage, rng: np.r
 class Stream(IterableDataset):
     """Batches of examples; the stage follows the share of the training that is done."""
 
-    def __init__(self, tokenizer_path: Path, batch: int, steps: int, seed: int):
-        self.tokenizer_path, self.batch, self.steps, self.seed = tokenizer_path, batch, steps, seed
+    def __init__(self, tokenizer_path: Path, batch: int, steps: int, seed: int, first: int = 0):
+        self.tokenizer_path, self.batch, self.steps, self.seed, self.first = tokenizer_path, batch, steps, seed, first
 
     def __iter__(self):
         torch.set_num_threads(1)
         builder = PromptBuilder(str(self.tokenizer_path), PROMPT)
-        rng = np.random.default_rng(self.seed)
-        for step in range(self.steps):
+        for step in range(self.first, self.steps):
+            rng = np.random.default_rng([self.seed, step])
             stage = next(s for s in STAGES if step < s.until * self.steps or s is STAGES[-1])
             batch: list[Example] = []
             while len(batch) < self.batch:
@@ -110,10 +112,8 @@ def collate(batch: list[Example], pad: int) -> dict[str, torch.Tensor]:
     return text | {"pixel_values": pixels, "image_grid_thw": grid}
 
 
-def build_model(tokenizer, seed: int):
+def build_model(tokenizer, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     """The untrained policy; the vocabulary is padded to a multiple of 64 as real checkpoints' are."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
     ids = dict(zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"),
                    tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])))
     config = Qwen2_5_VLConfig(
@@ -206,8 +206,6 @@ def pretrain_vision(model, steps: int, batch: int, lr: float, seed: int) -> list
 
 def save_processors(tokenizer, folder: Path) -> None:
     """Everything of the checkpoint folder but config and weights."""
-    from transformers import GenerationConfig, Qwen2VLImageProcessor
-
     tokenizer.save_pretrained(folder)
     GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
     Qwen2VLImageProcessor(
@@ -246,21 +244,8 @@ def evaluate(model, tokenizer, stage: Stage, count: int) -> dict[str, float]:
     return {"box_iou": round(float(np.mean(ious)), 4), "well_formed": round(formed / count, 4)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--vision-steps", type=int, default=800)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--eval-every", type=int, default=250)
-    parser.add_argument("--stop-at", type=float, default=1.0, help="stop once held-out box IoU of the last stage reaches this")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-
-    work = args.out.with_name(args.out.name + ".partial")
+def prepare(args: argparse.Namespace, work: Path) -> None:
+    """Tokenizer, processors and a model whose vision tower has been taught, in `work`, with the state of step 0."""
     shutil.rmtree(work, ignore_errors=True)
     rng = np.random.default_rng(args.seed)
     corpus = []
@@ -274,35 +259,68 @@ def main() -> None:
     model = build_model(tokenizer, args.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     save_processors(tokenizer, work)
-    model.config.save_pretrained(work)
-    tokenizer.name_or_path = str(work)
     vision_curve = pretrain_vision(model, args.vision_steps, 96, 2e-3, args.seed)
+    model.save_pretrained(work)
+    save_state(work / "state.pt", {"step": 0, "optimizer": None, "curve": [], "vision_curve": vision_curve, "seconds": vision_curve[-1]["seconds"]})
 
+
+def save_state(file: Path, state: dict) -> None:
+    torch.save(state, file.with_suffix(".partial"))
+    os.replace(file.with_suffix(".partial"), file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--vision-steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--eval-every", type=int, default=100)
+    parser.add_argument("--stop-at", type=float, default=1.0, help="stop once held-out box IoU of the last stage reaches this")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    work = args.out.with_name(args.out.name + ".partial")
+    state_file = work / "state.pt"
+    if not state_file.exists():
+        prepare(args, work)
+    state = torch.load(state_file, weights_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(work)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(work)
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
-    stream = Stream(work, args.batch, args.steps, args.seed)
-    curve, began = [], time.time()
-    for step, batch in enumerate(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4), 1):
+    if state["optimizer"] is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    curve, began = state["curve"], time.time() - state["seconds"]
+    stream = Stream(work, args.batch, args.steps, args.seed, first=state["step"])
+    for step, batch in enumerate(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4), state["step"] + 1):
+        for group in optimizer.param_groups:  # warm-up, then a half cosine to a tenth
+            group["lr"] = args.lr * min(1.0, step / 100) * (0.55 + 0.45 * math.cos(math.pi * step / args.steps))
         inputs = collate(batch, tokenizer.pad_token_id)
         token_types = (inputs["input_ids"] == model.config.image_token_id).int()
         loss = model(**inputs, mm_token_type_ids=token_types).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        optimizer.step(), optimizer.zero_grad()
         if step % 25 == 0:
             print(f"step {step}/{args.steps} loss {loss.item():.4f} {time.time() - began:.0f}s", flush=True)
-        if step % args.eval_every == 0 or step == args.steps:
-            share = step / args.steps
-            stage = next(s for s in STAGES if share <= s.until)
-            point = {"step": step, "stage": STAGES.index(stage), "loss": round(loss.item(), 4), "seconds": round(time.time() - began)}
-            curve.append(point | evaluate(model, tokenizer, stage, 200))
-            print(json.dumps(curve[-1]), flush=True)
-            model.save_pretrained(work)
-            if stage is STAGES[-1] and curve[-1]["box_iou"] >= args.stop_at:
-                break
+        if step % args.eval_every and step < args.steps:
+            continue
+        stage = next(s for s in STAGES if step <= s.until * args.steps)
+        point = {"step": step, "stage": STAGES.index(stage), "loss": round(loss.item(), 4), "seconds": round(time.time() - began)}
+        curve.append(point | evaluate(model, tokenizer, stage, 200))
+        print(json.dumps(curve[-1]), flush=True)
+        model.save_pretrained(work)
+        save_state(state_file, state | {"step": step, "optimizer": optimizer.state_dict(), "curve": curve, "seconds": time.time() - began})
+        if stage is STAGES[-1] and curve[-1]["box_iou"] >= args.stop_at:
+            break
 
+    vision_curve = state["vision_curve"]
+    state_file.unlink()
     recipe = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     stages = [asdict(stage) for stage in STAGES]
     (work / "training.json").write_text(json.dumps({"recipe": recipe, "vision_curve": vision_curve, "stages": stages, "curve": curve}, indent=1))

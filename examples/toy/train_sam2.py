@@ -43,7 +43,7 @@ IMAGE_SIZE = 192  # frames are 96x128: at the official stride of 4 for masks, a 
 
 
 def make_model(seed: int) -> Sam2Model:
-    """An untrained model of about 0.5 million parameters. Strides, stages and heads are the official ones, made narrow."""
+    """An untrained model of 0.57 million parameters. Strides, stages and heads are the official ones, made narrow."""
     widths = [16, 32, 64, 128]
     config = Sam2Config(
         vision_config=dict(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_learner import BANNED, IMAGE, VIDEO, plain_logprobs, random_samples, tiny_model
+from tiny_learner import BANNED, IMAGE, VIDEO, plain_logprobs, random_samples, tiny_model, tiny_qwen3_model
 
 from learner import shared_prompt
 from learner.batch import SampleError, check_fingerprints, check_samples, collate, prompt_fingerprint
@@ -29,11 +29,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def policies(**options):
+def policies(family="qwen2_5_vl", checkpointing=False, **options):
     """(packed policy, plain model) with equal weights."""
     shared_prompt.register()
-    model = tiny_model(**options)
+    model = tiny_model(**options) if family == "qwen2_5_vl" else tiny_qwen3_model()
     plain = copy.deepcopy(model)
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.model.language_model.config._attn_implementation = shared_prompt.ATTENTION
     return PolicyModel(model, BANNED, 0.7, 5), plain
 
@@ -43,7 +46,7 @@ def relative_errors(policy, plain):
     return {name: float((a.grad - b.grad).norm() / b.grad.norm()) for (name, a), (_, b) in pairs if b.grad is not None and b.grad.norm() > 0}
 
 
-@pytest.mark.parametrize("options", [{}, {"tie": True, "heads": 2, "key_heads": 2}])
+@pytest.mark.parametrize("options", [{}, {"tie": True, "heads": 2, "key_heads": 2}, {"checkpointing": True}, {"family": "qwen3_vl"}])
 def test_shared_prompts_equal_separate_rows(options):
     policy, plain = policies(**options)
     samples = random_samples(groups=3, completions=4)

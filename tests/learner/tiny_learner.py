@@ -35,6 +35,25 @@ def tiny_model(hidden=32, layers=2, vision=32, heads=4, key_heads=2, seed=0, tie
     return model
 
 
+def tiny_qwen3_model(seed=0):
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    torch.manual_seed(seed)
+    config = Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            max_position_embeddings=4096, bos_token_id=None, eos_token_id=None,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1], mrope_interleaved=True),
+        ),
+        vision_config=dict(
+            depth=3, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=32, patch_size=14, spatial_merge_size=2,
+            num_position_embeddings=64, deepstack_visual_indexes=[0, 1],
+        ),
+        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
+    )
+    return Qwen3VLForConditionalGeneration(config)
+
+
 def save_policy(folder, **options) -> str:
     from transformers import Qwen2VLImageProcessor
 

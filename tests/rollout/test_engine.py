@@ -261,3 +261,24 @@ def test_a_broken_engine_says_so(tiny_engine):
             tiny_engine.run(tiny_engine.generate(tiny_prompt(tiny_engine.folder), 1, SAMPLING, [1]))
     finally:
         tiny_engine.engine._broken = None
+
+
+@pytest.mark.long
+def test_a_dead_vllm_process_is_noticed(tiny_folder, engine_loop):
+    """Killed from outside: calls in flight and later ones end with EngineBroken within seconds."""
+    from conftest import RunningEngine
+
+    engine = RunningEngine(tiny_folder, engine_loop)
+    (process,) = engine._llm.engine_core.resources.engine_manager.processes
+
+    async def scenario():
+        task = asyncio.create_task(engine.engine.generate(tiny_prompt(engine.folder), 2, dataclasses.replace(SAMPLING, max_response_tokens=400), [1, 2]))
+        await asyncio.sleep(1)
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(EngineBroken, match="died"):
+            await asyncio.wait_for(task, 20)
+        with pytest.raises(EngineBroken, match="kill it and start another"):
+            await engine.weight_version()
+
+    engine.run(scenario())
+    engine.run(engine.shutdown())

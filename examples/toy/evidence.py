@@ -1,0 +1,121 @@
+"""The toy run's evidence: three seeds, learning rate 0, and two controls, recorded as JSON and drawn as a plot.
+
+    python -m examples.toy.evidence --out docs/toy-run.json
+
+Takes an hour or more on two cores. It can be stopped and started again: finished runs are kept, an unfinished one is resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from cluster.metrics import read_metrics
+
+RUNS = {
+    "seed-0": ["run.seed=0"],
+    "seed-1": ["run.seed=1"],
+    "seed-2": ["run.seed=2"],
+    "lr-0": ["learner.lr=0"],
+    "shuffled-queries": ["data.control=shuffled_queries"],
+    "blank-frames": ["data.control=blank_frames"],
+}
+CURVES = ("reward/mean", "iou/box", "iou/mask", "length/reasoning", "length/factor", "length/penalised_fraction", "kl/reference", "mismatch/kl", "mismatch/logprob_diff", "seconds/step")
+
+
+def finished(folder: Path, steps: int | None = None) -> bool:
+    """Whether a run has evaluated its last step."""
+    if not (folder / "metrics.jsonl").exists():
+        return False
+    from cluster.config import load
+
+    last = load(folder / "config.yaml").loop.steps
+    return any(r["step"] == last and "eval/iou/box" in r for r in read_metrics(folder / "metrics.jsonl"))
+
+
+def run(name: str, overrides: list[str], folder: Path) -> Path:
+    """One run to its end: started, resumed, or already there."""
+    where = folder / name
+    if finished(where):
+        return where
+    if list((where / "checkpoints").glob("step_*")):
+        command = ["resume", str(where)]
+    else:
+        subprocess.run(["rm", "-rf", str(where)], check=True)  # interrupted before its first checkpoint
+        command = ["train", "debug", f"run.dir={folder}", f"run.name={name}", *overrides]
+    print(f"--- {name}: videoseg {' '.join(command)}", flush=True)
+    subprocess.run([sys.executable, "-m", "cluster.cli", *command], check=True)
+    return where
+
+
+def summarise(folder: Path) -> dict:
+    """Held-out numbers before and after, their differences, and the training curves of one run."""
+    records = read_metrics(folder / "metrics.jsonl")
+    evaluations = [r for r in records if "eval/iou/box" in r]
+    steps = [r for r in records if "reward/mean" in r]
+    before, after = ({k.removeprefix("eval/"): v for k, v in e.items() if k.startswith("eval/")} for e in (evaluations[0], evaluations[-1]))
+    return {
+        "steps": len(steps),
+        "minutes": round((records[-1]["time"] - records[0]["time"]) / 60, 1),
+        "before": before,
+        "after": after,
+        "gain": {k: round(after[k] - before[k], 4) for k in before},
+        "curves": {k: [round(r[k], 5) for r in steps if r.get(k) is not None] for k in CURVES},
+    }
+
+
+def plot(results: dict, file: Path) -> None:
+    """Box IoU of the training samples by step, seeds against controls, and the held-out gains as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, result in results.items():
+        left.plot(result["curves"]["iou/box"], label=name, alpha=0.9 if name.startswith("seed") else 0.6)
+    left.set(xlabel="step", ylabel="box IoU of training samples", title="While training")
+    left.legend()
+    names = list(results)
+    for offset, measure in ((-0.2, "iou/box"), (0.2, "iou/mask")):
+        right.barh([i + offset for i in range(len(names))], [results[n]["gain"][measure] for n in names], 0.35, label=measure)
+    right.set(yticks=range(len(names)), yticklabels=names, xlabel="change, held-out, greedy", title="After training")
+    right.axvline(0, color="black", linewidth=0.8)
+    right.legend()
+    figure.savefig(file, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/toy-run.json"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="folder of the run folders")
+    parser.add_argument("--only", nargs="*", choices=list(RUNS), help="these runs only")
+    args = parser.parse_args(arguments)
+    results = {}
+    for name in args.only or RUNS:
+        results[name] = summarise(run(name, RUNS[name], args.runs))
+        seeds = [r["gain"] for n, r in results.items() if n.startswith("seed")]
+        over_seeds = {
+            k: {"mean": round(statistics.mean(g[k] for g in seeds), 4), "min": min(g[k] for g in seeds), "max": max(g[k] for g in seeds)} for k in (seeds[0] if seeds else {})
+        }
+        record = {
+            "command": "python -m examples.toy.evidence",
+            "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "processor": platform.machine()},
+            "gain_over_seeds": over_seeds,
+            "runs": results,
+        }
+        partial = args.out.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(partial, args.out)
+    plot(results, args.out.with_suffix(".png"))
+    return record
+
+
+if __name__ == "__main__":
+    main()
