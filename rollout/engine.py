@@ -78,6 +78,7 @@ class RolloutEngine:
         self._updating = False
         self._in_order = False
         self._report: dict = {}
+        self._shapes: dict | None = None
         self._stats = {"prompts": 0, "completions": 0, "prompt_tokens": 0, "response_tokens": 0, "weight_updates": 0, "weight_update_seconds": 0.0}
 
     # ---- life ----
@@ -426,7 +427,7 @@ class RolloutEngine:
             raise RuntimeError("no weight update is in progress; call begin_weight_sync first")
         if "index" not in bucket or "data" not in bucket:
             bucket = weight_transfer.pack_bucket(bucket)
-        weight_transfer.check_bucket(bucket)
+        await self._step("checking a bucket", self._check_bucket(bucket))
         names, dtypes, shapes, offsets = zip(*bucket["index"])
         path = await asyncio.to_thread(weight_transfer.write_bucket, bucket)
         try:
@@ -436,6 +437,15 @@ class RolloutEngine:
         finally:
             os.unlink(path)
         return received["digests"][-1]
+
+    async def _check_bucket(self, bucket: Mapping) -> None:
+        weight_transfer.check_bucket(bucket)
+        if self._shapes is None:
+            from transformers.utils import cached_file
+
+            self._shapes = weight_transfer.checkpoint_shapes(os.path.dirname(cached_file(self.model, "config.json")))
+        if self._shapes:
+            weight_transfer.check_shapes(bucket, self._shapes)
 
     async def finish_weight_sync(self, version: str | int) -> str:
         """Close the update, label the weights `version`, drop caches, go on generating; returns the version vLLM reports."""

@@ -36,7 +36,7 @@ class WorldConfig:
     height: int = 96
     width: int = 128
     frames: tuple[int, int] = (8, 48)
-    objects: tuple[int, int] = (1, 4)
+    objects: tuple[int, int] = (1, 3)
     radius: tuple[int, int] = (7, 18)
     touching: float = 0.2  # share of videos in which two shapes come to touch
 

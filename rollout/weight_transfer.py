@@ -11,7 +11,10 @@ A bucket is plain data, so that learner and rollout need not share code:
 `register` is the `vllm.general_plugins` entry point: vLLM calls it in the actor and in every process that it starts.
 """
 
+import difflib
+import glob
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -47,6 +50,38 @@ def pack_bucket(tensors: Mapping):
 def bucket_digest(bucket: Mapping) -> str:
     """SHA-256 (hex) of a flat bucket's bytes: what the sender compares with what `receive_weights` returns."""
     return hashlib.sha256(memoryview(bucket["data"]).cast("B")).hexdigest()
+
+
+def canonical_name(name: str) -> str:
+    """One name for a weight, whether it is called as in transformers' modules or as in checkpoint files of any age."""
+    for prefix, short in (("model.language_model.", "model."), ("model.visual.", "visual."), ("language_model.model.", "model."), ("language_model.lm_head.", "lm_head.")):
+        if name.startswith(prefix):
+            return short + name.removeprefix(prefix)
+    return name
+
+
+def checkpoint_shapes(folder: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights in a folder's safetensors files by canonical name, from the headers alone; {} if it has none."""
+    shapes = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))):
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        shapes |= {canonical_name(name): tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return shapes
+
+
+def check_shapes(bucket: Mapping, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise BucketError for a tensor that the policy does not have or has in another shape.
+
+    vLLM does not notice all of these: its loaders of fused weights silently take the first rows of a larger tensor.
+    """
+    for name, _, shape, _ in bucket["index"]:
+        known = shapes.get(canonical_name(name))
+        if known is None:
+            near = difflib.get_close_matches(canonical_name(name), shapes, 1)
+            raise BucketError(f"the policy has no weight {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
+        if known != tuple(shape):
+            raise BucketError(f"weight {name!r} has shape {tuple(shape)}, but the policy's is {known} (a shard of a partitioned weight?)")
 
 
 def check_bucket(bucket: Mapping) -> None:
