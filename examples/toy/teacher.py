@@ -15,6 +15,7 @@ from rollout.toy_world import Query, ToyVideo
 from segmentation_service.geometry import round_boxes, round_points, scale_boxes, scale_points
 from segmentation_service.masks import mask_to_box, mask_to_point
 
+VERBOSE = 0.35  # share of answers that list everything in view first
 ROWS, COLUMNS = ("upper", "middle", "lower"), ("left", "centre", "right")
 
 
@@ -31,8 +32,13 @@ def outside_point(mask_HW: np.ndarray, point: Sequence[int], gap: int) -> list[i
     return [x if x < mask_HW.shape[1] else max(0, int(columns[0]) - gap), int(point[1])]
 
 
-def answer(video: ToyVideo, query: Query, t: int, policy_hw: tuple[int, int], verbose: bool) -> str:
-    """The completion for a query about frame t, coordinates in integer pixels of the policy's target image."""
+def answer(video: ToyVideo, query: Query, t: int, policy_hw: tuple[int, int], rng: np.random.Generator, slack: float = 0.0) -> str:
+    """The completion for a query about frame t, coordinates in integer pixels of the policy's target image.
+
+    Every edge of a box is off by up to `slack` of the box's size, at random: a careless teacher, from whom a policy learns
+    where things are but not how to draw tight boxes.
+    """
+    verbose = rng.random() < VERBOSE
     masks_NHW = video.masks(t)
     hw = masks_NHW.shape[1:]
     points = [mask_to_point(mask) if mask.any() else None for mask in masks_NHW]
@@ -41,7 +47,9 @@ def answer(video: ToyVideo, query: Query, t: int, policy_hw: tuple[int, int], ve
     targets = [i for i in query.targets if points[i] is not None]
     for i in targets:
         negative = outside_point(masks_NHW[i], points[i], gap=4)
-        box = round_boxes(scale_boxes(mask_to_box(masks_NHW[i]), hw, policy_hw), policy_hw)
+        box = scale_boxes(mask_to_box(masks_NHW[i]), hw, policy_hw)
+        width, height = box[2:] - box[:2]
+        box = round_boxes(box + slack * rng.uniform(-1, 1, 4) * [width, height, width, height], policy_hw)
         point, negative = (round_points(scale_points(p, hw, policy_hw), policy_hw) for p in (points[i], negative))
         objects.append({"bbox_2d": box.tolist(), "point_2d": point.tolist(), "negative_point_2d": negative.tolist()})
     everything = "; ".join(label(i) for i in range(len(points)) if points[i] is not None)

@@ -32,12 +32,14 @@ from reward_service import Target, parse_answer
 from rollout.order import uniform_frames
 from rollout.prompts import PromptBuilder, resize
 from rollout.toy_world import COLOURS, SHAPES, ToyVideo, WorldConfig, make_video
+from segmentation_service.geometry import scale_boxes
 from segmentation_service.masks import mask_to_box
 
 PROMPT = load("debug").prompt  # the policy learns the very prompt that it is trained with later
 PATCHES = PatchSpec(14, 2, 2, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))  # Qwen2.5-VL's
 HELD_OUT = 10_000_000  # seeds from here on are never trained on; the data set's own seeds lie elsewhere
 MIN_PIXELS = 12  # 0.1% of a frame
+SLACK = 0.3  # of a box's size: how careless the teacher is; what is left for reinforcement learning to mend
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,10 @@ def examples_of(video: ToyVideo, builder: PromptBuilder, stage: Stage, rng: np.r
     weights = np.array([{"easy": 1.0, "mid": 1.0, "hard": 1.5}[q.level] for q in queries])
     for i in rng.choice(len(queries), min(limit, len(queries)), replace=False, p=weights / weights.sum()):
         prompt = builder.build(f"{video.seed}", queries[i].text, frames, shown, t)
-        text = answer(video, queries[i], t, prompt.policy_hw, verbose=rng.random() < 0.35)
+        text = answer(video, queries[i], t, prompt.policy_hw, rng, SLACK)
         ids = builder.tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"]
-        boxes = np.array([o.box for o in parse_answer(text).objects])
-        yield Example(prompt.token_ids, np.array(ids, np.int32), prompt.images, boxes)
+        boxes = [scale_boxes(mask_to_box(masks[k]), masks.shape[1:], prompt.policy_hw) for k in queries[i].targets]
+        yield Example(prompt.token_ids, np.array(ids, np.int32), prompt.images, np.array(boxes))
 
 
 class Stream(IterableDataset):
@@ -237,9 +239,9 @@ def evaluate(model, tokenizer, stage: Stage, count: int) -> dict[str, float]:
         token_types = (inputs["input_ids"] == builder.image_pad_id).int()
         out = model.generate(**inputs, mm_token_type_ids=token_types, do_sample=False, max_new_tokens=110)
         for example, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)):
-            answer = parse_answer(text)
-            ious.append(mean_box_iou(answer, Target(tuple(PROMPT.target_size), example.target_boxes.tolist())))
-            formed += answer.well_formed
+            said = parse_answer(text)
+            ious.append(mean_box_iou(said, Target(tuple(PROMPT.target_size), example.target_boxes.tolist())))
+            formed += said.well_formed
     model.train()
     return {"box_iou": round(float(np.mean(ious)), 4), "well_formed": round(formed / count, 4)}
 
@@ -254,7 +256,7 @@ def prepare(args: argparse.Namespace, work: Path) -> None:
         for query in video.queries:
             t = int(rng.integers(video.num_frames))
             if all(video.masks(t)[i].any() for i in query.targets):
-                corpus += [query.text + "? target", answer(video, query, t, tuple(PROMPT.target_size), verbose=rng.random() < 0.35)]
+                corpus += [query.text + "? target", answer(video, query, t, tuple(PROMPT.target_size), rng)]
     tokenizer = train_tokenizer(corpus, numbers=113)
     model = build_model(tokenizer, args.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)

@@ -15,7 +15,7 @@ class RunningEngine:
         from rollout.engine import RolloutEngine
 
         self.folder, self._loop = folder, loop
-        self.config = RolloutConfig(max_model_len=512, max_response_tokens=16, max_sequences=64, kv_cache_gb=0.25, log_level="ERROR")
+        self.config = RolloutConfig(max_model_len=512, max_response_tokens=16, max_sequences=64, max_batched_tokens=512, kv_cache_gb=0.25, log_level="ERROR")
         self.engine = RolloutEngine(folder, self.config, **options)
         self.report = self.run(self.engine.ready())
 

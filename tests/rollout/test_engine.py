@@ -192,6 +192,17 @@ def test_a_step_in_order_does_not_depend_on_what_was_before(tiny_engine):
     assert [len(group) for group in first] == [4, 4, 4] and all(map(same, first, second))
 
 
+def test_more_prompts_than_fit_one_step(tiny_engine):
+    """Seeded requests whose prompts exceed one forward pass together: vLLM must not take a prompt in parts (its CPU runner dies of it)."""
+
+    async def scenario():
+        prompts = [tiny_prompt(tiny_engine.folder, text=str(i) * 40, sizes=((84, 84),) * 3, seed=i) for i in range(12)]
+        assert sum(len(prompt.token_ids) for prompt in prompts) > 2 * 512
+        return await asyncio.gather(*[tiny_engine.engine.generate(prompt, 2, SAMPLING, [1, 2]) for prompt in prompts])
+
+    assert all(len(group) == 2 for group in tiny_engine.run(scenario()))
+
+
 def test_pause_holds_and_resume_goes_on(tiny_engine):
     async def scenario():
         await tiny_engine.pause("keep")
