@@ -12,7 +12,7 @@ import numpy as np
 
 from reward_service import think_text
 from rollout.config import SamplingConfig
-from rollout.engine import policy_fingerprints
+from rollout.fingerprints import policy_fingerprints
 
 from cluster import checkpoints, rollout_log
 from cluster.checkpoints import Checkpoint

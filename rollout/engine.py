@@ -5,10 +5,7 @@ the engine starts, so this module is cheap to import.
 """
 
 import asyncio
-import contextlib
-import hashlib
 import itertools
-import json
 import os
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
@@ -16,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rollout import weight_transfer
-from rollout.banned_tokens import CONFIG_KEY, banned_token_ids
+from rollout import vllm_options, weight_transfer
+from rollout.banned_tokens import banned_token_ids
 from rollout.config import RolloutConfig, SamplingConfig, resolve_device, resolve_dtype, resolve_weight_sync
+from rollout.fingerprints import policy_fingerprints, sha256_of
 
 
 class EngineBroken(RuntimeError):
@@ -106,15 +104,14 @@ class RolloutEngine:
         self._banned = banned_token_ids(self._tokenizer, model_config)
         if model_config.get_text_config().hidden_size >= 1024:
             self._auto_threads = max(1, len(os.sched_getaffinity(0)) // 2)
-        with _environment(self._environment()):
+        threads = self.config.cpu_threads or self._auto_threads
+        with vllm_options.applied(vllm_options.environment(self.config, self.device, self.weight_sync, threads)):
             import vllm
             from vllm.v1.engine.async_llm import AsyncLLM
 
-            if not any(point.value.startswith(weight_transfer.__name__ + ":") for point in _plugins()):
-                raise RuntimeError(
-                    "vLLM does not see the plugin of videoseg-r1 (entry point videoseg_weight_transfer): install the project, e.g. pip install -e ."
-                )
-            vllm_config = vllm.AsyncEngineArgs(**self._engine_options()).create_engine_config()
+            vllm_options.check_plugin()
+            options = vllm_options.engine_options(self.model, self.config, self.device, self.dtype, self.seed, self.weight_sync, self._banned)
+            vllm_config = vllm.AsyncEngineArgs(**options).create_engine_config()
             if self.device == "cpu":
                 # Room for the images of every prompt that a step may take, so that none is taken in part (see below).
                 vllm_config.scheduler_config.max_num_encoder_input_tokens *= 2
@@ -125,71 +122,11 @@ class RolloutEngine:
             "device": self.device,
             "dtype": self.dtype,
             "weight_sync": self.weight_sync,
-            "versions": {name: _version(name) for name in ("vllm", "torch", "transformers")},
+            "versions": {name: vllm_options.version_of(name) for name in ("vllm", "torch", "transformers")},
             "max_sequences": vllm_config.scheduler_config.max_num_seqs,
             "kv_cache_tokens": (vllm_config.cache_config.num_gpu_blocks or 0) * vllm_config.cache_config.block_size,
             "seconds": time.perf_counter() - started,
         }
-
-    def _environment(self) -> dict[str, str]:
-        variables = {"VLLM_LOGGING_LEVEL": self.config.log_level, weight_transfer.EXIT_WITH_PARENT: "1"}
-        if self.config.tensor_parallel == 1:
-            variables[weight_transfer.KEEP_IMAGE_DATA] = "1"
-        if self.device == "cpu":
-            # With multiprocessing "on" the CPU platform swaps the in-process executor for one more process; AsyncLLM's
-            # engine core is a child process either way.
-            variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-            variables["OMP_NUM_THREADS"] = str(self.config.cpu_threads or self._auto_threads)
-            if self._eager:
-                # The sampler's helpers are compiled even in eager mode: 15 s of C++ compiler at the first request.
-                variables["TORCHDYNAMO_DISABLE"] = "1"
-        elif self.weight_sync == "ipc":
-            variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # IPC handles reach the engine core by pickle
-        return variables
-
-    @property
-    def _eager(self) -> bool:
-        return self.device == "cpu" if self.config.enforce_eager is None else self.config.enforce_eager
-
-    def _engine_options(self) -> dict:
-        """Arguments of vLLM's `AsyncEngineArgs` for this configuration and device."""
-        config, cpu = self.config, self.device == "cpu"
-        kv_cache_gb = config.kv_cache_gb or (1.0 if cpu else None)
-        options = dict(
-            model=self.model,
-            dtype=self.dtype,
-            seed=self.seed,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_sequences or (128 if cpu else 256),
-            max_num_batched_tokens=max(config.max_batched_tokens, config.max_model_len) if cpu else config.max_batched_tokens,
-            enforce_eager=self._eager,
-            enable_prefix_caching=config.prefix_caching,
-            mm_processor_cache_gb=config.mm_processor_cache_gb,
-            limit_mm_per_prompt={"image": config.max_images, "video": 0},
-            skip_mm_profiling=cpu,
-            logprobs_mode="processed_logprobs",
-            logits_processors=["rollout.banned_logits:BannedTokens"],
-            additional_config={CONFIG_KEY: list(self._banned)},
-            weight_transfer_config={"backend": self.weight_sync},
-            tensor_parallel_size=config.tensor_parallel,
-            distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
-            enable_log_requests=False,
-            disable_log_stats=True,
-        )
-        if self.weight_sync == weight_transfer.BACKEND:
-            options["worker_extension_cls"] = f"{weight_transfer.__name__}.{weight_transfer.ReceivedWeights.__qualname__}"
-        if kv_cache_gb:
-            options["kv_cache_memory_bytes"] = int(kv_cache_gb * 2**30)
-        if config.block_size or cpu:
-            options["block_size"] = config.block_size or 32
-        if cpu:
-            # vLLM's CPU runner dies at a seeded request whose prompt is computed in parts: it turns the generator back by an
-            # offset, which CPU generators do not have.
-            options["enable_chunked_prefill"] = False
-        else:
-            options["gpu_memory_utilization"] = config.gpu_memory_utilization
-            options["enable_sleep_mode"] = config.sleep
-        return options
 
     async def shutdown(self) -> None:
         """Stop vLLM and its processes; the engine cannot be started again."""
@@ -512,7 +449,7 @@ class RolloutEngine:
         """SHA-256 (hex) over vLLM's own digests of all parameters, in its fused form. On a CPU, packed layers are not in it."""
         self._check()
         digests = await self._call("hashing weights", self._llm.compute_weight_checksums())
-        return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+        return sha256_of(digests)
 
     # ---- what it is ----
 
@@ -526,70 +463,9 @@ class RolloutEngine:
         return {**self._stats, "in_flight": len(self._in_flight)}
 
 
-def policy_fingerprints(model: str, tokenizer=None, vocab_size: int | None = None) -> dict:
-    """SHA-256 (hex) of a policy's tokenizer, chat template and image processor, its vocabulary sizes, end tokens and banned ids.
-
-    Compare the dict of an engine with that of the folder that learner and prompt builder use: equal, or the run is wrong.
-    """
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
-
-    tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model)
-    config = AutoConfig.from_pretrained(model)
-    vocab_size = vocab_size or config.get_text_config().vocab_size
-    processor = AutoImageProcessor.from_pretrained(model).to_dict()
-    try:
-        end = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:
-        end = config.get_text_config().eos_token_id
-    return {
-        "tokenizer": _sha256({"vocabulary": tokenizer.get_vocab(), "backend": json.loads(tokenizer.backend_tokenizer.to_str())}),
-        "chat_template": _sha256(tokenizer.chat_template),
-        "processor": _sha256({key: processor.get(key) for key in _PROCESSOR_KEYS}),
-        "model_type": config.model_type,
-        "vocab_size": int(vocab_size),
-        "tokenizer_size": len(tokenizer),
-        "end_token_ids": sorted({int(token) for token in (end if isinstance(end, list) else [end]) if token is not None} | {tokenizer.eos_token_id}),
-        "banned_token_ids": list(banned_token_ids(tokenizer, config, vocab_size)),
-    }
-
-
-_PROCESSOR_KEYS = ("image_processor_type", "patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std", "rescale_factor", "do_rescale", "do_normalize")
-
-
-def _sha256(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
 async def _final(collector):
     """The finished output of one vLLM request (there is only one, `FINAL_ONLY`)."""
     while True:
         output = collector.get_nowait() or await collector.get()
         if output.finished:
             return output.outputs[0]
-
-
-def _plugins():
-    from importlib.metadata import entry_points
-
-    return entry_points(group="vllm.general_plugins")
-
-
-def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    for name in (package, f"{package}-cpu"):
-        with contextlib.suppress(PackageNotFoundError):
-            return version(name)
-    return None
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]):
-    """Set variables for the processes started inside, then put the environment back (vLLM itself adds LD_PRELOAD and more)."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

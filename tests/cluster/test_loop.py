@@ -90,7 +90,7 @@ def test_rollouts_hold_enough_to_train_again(run, toy_data):
     banned = draws.builder.banned_token_ids
     learner = ray.remote(LearnerActor).remote()
     host, port = ray.get(learner.address.remote())
-    from rollout.engine import policy_fingerprints
+    from rollout.fingerprints import policy_fingerprints
 
     banned = policy_fingerprints(located.policy.path)["banned_token_ids"]
     ray.get(learner.start.remote(config=located.learner, policy_path=located.policy.path, master_addr=host, master_port=port, temperature=1.0, banned_token_ids=banned))

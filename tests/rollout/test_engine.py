@@ -14,7 +14,9 @@ from tiny_policy import tiny_prompt
 
 from rollout.banned_tokens import banned_token_ids, holds_banned
 from rollout.config import RolloutConfig, SamplingConfig, resolve_dtype, resolve_weight_sync
-from rollout.engine import EngineBroken, PromptRejected, RolloutEngine, policy_fingerprints
+from rollout import vllm_options
+from rollout.engine import EngineBroken, PromptRejected, RolloutEngine
+from rollout.fingerprints import policy_fingerprints
 
 SAMPLING = SamplingConfig(temperature=1.0, max_response_tokens=16, ignore_eos=True)
 
@@ -43,12 +45,11 @@ def test_the_same_config_on_a_gpu(monkeypatch):
     """What a CUDA machine would be asked for, with no edit of the configuration."""
     monkeypatch.setattr("rollout.engine.resolve_device", lambda device: "cuda")
     engine = RolloutEngine("policy", RolloutConfig())
-    engine._banned = (1, 2)
-    options = engine._engine_options()
+    options = vllm_options.engine_options("policy", engine.config, engine.device, engine.dtype, 0, engine.weight_sync, (1, 2))
     assert options["dtype"] == "bfloat16" and options["weight_transfer_config"] == {"backend": "ipc"}
     assert not options["enforce_eager"] and options["gpu_memory_utilization"] == RolloutConfig().gpu_memory_utilization
     assert "kv_cache_memory_bytes" not in options and "worker_extension_cls" not in options
-    assert engine._environment()["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
+    assert vllm_options.environment(engine.config, engine.device, engine.weight_sync, 1)["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
 
 
 def test_a_missing_or_wrong_checkpoint_is_said_at_once(tmp_path):
