@@ -58,7 +58,10 @@ class LoopConfig:
     deterministic: bool = field(default=False, metadata={"help": "Fixed order and fresh caches each step; bit-equal on a CPU in float32."})
     save_every: int = field(default=25, metadata={"help": "Steps between checkpoints; the last step always has one.", "min": 1})
     keep_checkpoints: int = field(default=3, metadata={"help": "Newest checkpoints to keep.", "min": 1})
-    grace_seconds: float = field(default=120.0, metadata={"help": "Time to write a checkpoint after Ctrl-C or a stopped job.", "min": 0.0})
+    grace_seconds: float = field(
+        default=30.0,
+        metadata={"help": "After Ctrl-C or a stopped job, how long rollouts may take to complete their step; then they are dropped.", "min": 0.0},
+    )
     score_seconds: float = field(default=120.0, metadata={"help": "Longest wait for one group's masks before it is tried again.", "above": 0.0})
     score_tries: int = field(
         default=3, metadata={"help": "Tries, with growing pauses, before a group counts as not scored.", "min": 1, "max": 100}

@@ -283,7 +283,7 @@ def test_one_cuda_gpu_selects_bf16_the_gpu_build_and_ipc_without_edits():
     assert (gpu.cluster.device, gpu.cluster.build, gpu.segmentation.device, gpu.rollout.weight_sync) == ("cuda", "cuda", "cuda", "ipc")
     assert (cpu.policy.dtype, cpu.learner.dtype, cpu.segmentation.dtype) == ("float32",) * 3
     assert (cpu.cluster.device, cpu.cluster.build, cpu.segmentation.device, cpu.rollout.weight_sync) == ("cpu", "cpu", "cpu", "object_store")
-    assert (cpu.rollout.cpu_threads, cpu.learner.threads) == (2, 2)
+    assert (cpu.rollout.cpu_threads, cpu.learner.threads) == (1, 2)
     assert config_rules.hardware_problems(gpu, ONE_GPU, "cuda") == config_rules.hardware_problems(cpu, LAPTOP, "cpu") == []
     assert c == config.load("debug")  # pure: the argument is as it was
 
@@ -320,8 +320,8 @@ def test_what_the_machine_lacks_is_told_before_the_start():
         (["rollout.top_p=0.9"], "rollout.top_p"),
         (["prompt.target_size=[112]"], "prompt.target_size"),
         (["prompt.reference_size=[0,56]"], "prompt.reference_size"),
-        (["learner.minibatches=17"], "learner.minibatches"),
-        (["learner.ranks=17"], "learner.ranks"),
+        (["learner.minibatches=25"], "learner.minibatches"),
+        (["learner.ranks=25"], "learner.ranks"),
         (["loop.deterministic=true", "policy.dtype=bfloat16"], "loop.deterministic"),
         (["data.train=elsewhere/trian"], "data.train"),
         (["data.evaluation=elsewhere"], "data.evaluation"),
@@ -412,7 +412,7 @@ def test_resume_takes_what_may_change_and_refuses_the_rest(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(config_dump.dump_yaml(resolve(config.load("debug"), LAPTOP)))
     resumed, changed = config.load_for_resume(file, ["loop.steps=80", "eval.every=5", f"learner.lr={config.load(file).learner.lr}"])
-    assert resumed.loop.steps == 80 and changed == {"loop.steps": (40, 80), "eval.every": (0, 5)}
+    assert resumed.loop.steps == 80 and changed == {"loop.steps": (100, 80), "eval.every": (0, 5)}
     with pytest.raises(ConfigError) as caught:
         config.load_for_resume(file, ["learner.lr=1e-3", "rollout.group_size=4", "loop.steps=80"])
     text = str(caught.value)
