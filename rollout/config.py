@@ -69,7 +69,7 @@ class RolloutConfig:
     )
     max_sequences: Optional[int] = field(default=None, metadata={"help": "completions in flight per engine; none = 128 on a CPU, 256 on a GPU", "min": 1, "max": 4096})
     max_batched_tokens: int = field(default=4096, metadata={"help": "most tokens in one forward pass of an engine (on a CPU at least max_model_len); also caps the visual tokens of one image", "min": 64, "max": 262144})
-    block_size: Optional[int] = field(default=None, metadata={"help": "tokens in a KV block, the grain of prefix sharing; none = 32 on a CPU, vLLM's own on a GPU", "min": 8, "max": 256})
+    block_size: Optional[int] = field(default=None, metadata={"help": "tokens in a KV block, the grain of prefix sharing (a multiple of 32 on a CPU); none = 32 on a CPU, vLLM's own on a GPU", "min": 8, "max": 256})
     enforce_eager: Optional[bool] = field(default=None, metadata={"help": "no CUDA graphs or compilation; none = true on a CPU, false on a GPU"})
     tensor_parallel: int = field(default=1, metadata={"help": "GPUs per engine", "min": 1, "max": 64})
     cpu_threads: int = field(default=0, metadata={"help": "OpenMP threads of an engine on a CPU; 0 = 1, or half of the cores for models wider than 1024", "min": 0, "max": 1024})

@@ -61,6 +61,8 @@ def engine_options(model: str, config: RolloutConfig, device: str, dtype: str, s
         options["worker_extension_cls"] = f"{weight_transfer.__name__}.{weight_transfer.ReceivedWeights.__qualname__}"
     if kv_cache_gb:
         options["kv_cache_memory_bytes"] = int(kv_cache_gb * 2**30)
+    if cpu and config.block_size and config.block_size % 32:
+        raise ValueError(f"rollout.block_size = {config.block_size}: on a CPU it must be a multiple of 32")
     if config.block_size or cpu:
         options["block_size"] = config.block_size or 32
     if cpu:

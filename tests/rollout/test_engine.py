@@ -52,6 +52,11 @@ def test_the_same_config_on_a_gpu(monkeypatch):
     assert vllm_options.environment(engine.config, engine.device, engine.weight_sync, 1)["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
 
 
+def test_a_block_size_that_the_cpu_lacks():
+    with pytest.raises(ValueError, match="multiple of 32"):
+        vllm_options.engine_options("policy", RolloutConfig(block_size=16), "cpu", "float32", 0, "object_store", ())
+
+
 def test_a_missing_or_wrong_checkpoint_is_said_at_once(tmp_path):
     loop = asyncio.new_event_loop()
     with pytest.raises(FileNotFoundError, match="nowhere.*is not a folder"):
