@@ -323,7 +323,7 @@ def main() -> None:
 
     vision_curve = state["vision_curve"]
     state_file.unlink()
-    recipe = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    recipe = {k: v for k, v in vars(args).items() if k != "out"}
     stages = [asdict(stage) for stage in STAGES]
     (work / "training.json").write_text(json.dumps({"recipe": recipe, "vision_curve": vision_curve, "stages": stages, "curve": curve}, indent=1))
     shutil.rmtree(args.out, ignore_errors=True)
