@@ -60,9 +60,9 @@ async def score_group(
     """The group with its scores. `segment` may be None where no active term needs masks."""
     prompt = draw.prompt
     answers = tuple(parse_answer(c.text).to_frame(prompt.units, prompt.policy_hw, prompt.frame_hw) for c in completions)
-    group = ScoredGroup(
-        draw, tuple(completions), answers, tuple(reasoning_tokens), difficulty_class(config.length.default_difficulty if draw.episode.difficulty is None else draw.episode.difficulty, config.length)
-    )
+    rated = draw.episode.difficulty
+    level = difficulty_class(config.length.default_difficulty if rated is None else rated, config.length)
+    group = ScoredGroup(draw, tuple(completions), answers, tuple(reasoning_tokens), level)
     masks = None
     if segment is not None:
         for attempt in range(tries):
@@ -75,7 +75,7 @@ async def score_group(
                 await asyncio.sleep(0.5 * 2**attempt)
     decoded = None if masks is None else [_decode(m, draw.target.image_size) for m in masks]
     scores = reward_service.score_group(
-        answers, draw.target, config, difficulty=draw.episode.difficulty, lengths=list(reasoning_tokens), predicted_masks=decoded
+        answers, draw.target, config, difficulty=rated, lengths=list(reasoning_tokens), predicted_masks=decoded
     )
     truth = np.asarray(draw.target.masks, bool).any(0)
     return replace(

@@ -29,7 +29,6 @@ from cluster.stop import Stop
 
 def train(config: RunConfig, folder: RunFolder, resume: bool = False) -> None:
     """Runs a resolved configuration to its last step in `folder`; with `resume`, from the folder's last checkpoint."""
-    config_files.make_missing_data(config)
     located = config_files.locate(config)
     checkpoint = checkpoints.latest(folder.checkpoints)[0] if resume else None
     check_policy(located.policy.path)

@@ -15,8 +15,9 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
-IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-MEDIA_TOKENS = (IMAGE_PAD, VIDEO_PAD, "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
+from rollout.banned_tokens import MEDIA_TOKENS
+
+IMAGE_PAD = "<|image_pad|>"
 UNITS = {"qwen2_5_vl": "pixels", "qwen3_vl": "relative_1000"}
 
 ANSWER_FORMAT = (
@@ -111,12 +112,6 @@ class PromptBuilder:
     @cached_property
     def image_pad_id(self) -> int:
         return self.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
-
-    @property
-    def banned_token_ids(self) -> tuple[int, ...]:
-        """Ids inside the tokenizer that a policy must never say: they stand for media."""
-        vocabulary = self.tokenizer.get_vocab()
-        return tuple(sorted(vocabulary[token] for token in MEDIA_TOKENS if token in vocabulary))
 
     def render(self, query: str, frame_ids: Sequence[int], target_frame: int, fps: float) -> str:
         """The chat as text, generation prompt included, one image pad per image."""

@@ -11,11 +11,13 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+from cluster.config import load
 from cluster.metrics import read_metrics
 
 RUNS = {
@@ -29,12 +31,10 @@ RUNS = {
 CURVES = ("reward/mean", "iou/box", "iou/mask", "length/reasoning", "length/factor", "length/penalised_fraction", "kl/reference", "mismatch/kl", "mismatch/logprob_diff", "seconds/step")
 
 
-def finished(folder: Path, steps: int | None = None) -> bool:
+def finished(folder: Path) -> bool:
     """Whether a run has evaluated its last step."""
     if not (folder / "metrics.jsonl").exists():
         return False
-    from cluster.config import load
-
     last = load(folder / "config.yaml").loop.steps
     return any(r["step"] == last and "eval/iou/box" in r for r in read_metrics(folder / "metrics.jsonl"))
 
@@ -47,7 +47,7 @@ def run(name: str, overrides: list[str], folder: Path) -> Path:
     if list((where / "checkpoints").glob("step_*")):
         command = ["resume", str(where)]
     else:
-        subprocess.run(["rm", "-rf", str(where)], check=True)  # interrupted before its first checkpoint
+        shutil.rmtree(where, ignore_errors=True)  # interrupted before its first checkpoint
         command = ["train", "debug", f"run.dir={folder}", f"run.name={name}", *overrides]
     print(f"--- {name}: videoseg {' '.join(command)}", flush=True)
     subprocess.run([sys.executable, "-m", "cluster.cli", *command], check=True)

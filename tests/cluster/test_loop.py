@@ -87,7 +87,6 @@ def test_rollouts_hold_enough_to_train_again(run, toy_data):
         samples.append(
             Sample(prompt.token_ids, np.array(row.response_token_ids, np.int32), np.array(row.rollout_logprobs, np.float32), 0.0, prompt.images, prompt.grid_thw, row.group, prompt.fingerprint)
         )
-    banned = draws.builder.banned_token_ids
     learner = ray.remote(LearnerActor).remote()
     host, port = ray.get(learner.address.remote())
     from rollout.fingerprints import policy_fingerprints
