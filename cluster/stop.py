@@ -9,6 +9,8 @@ import sys
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+import psutil
+
 T = TypeVar("T")
 
 
@@ -37,7 +39,9 @@ class Stop:
     def _signal(self, number: int) -> None:
         if self.requested:
             print("stopped at once: `videoseg resume` goes on from the last checkpoint", file=sys.stderr, flush=True)
-            os._exit(130)  # Ray's processes watch this one and end with it
+            for child in psutil.Process().children(recursive=True):  # a local Ray: its agents would outlive this process
+                child.kill()
+            os._exit(130)
         self.reason = signal.Signals(number).name
         print(f"{self.reason}: stopping with a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
         self._event.set()

@@ -1,7 +1,10 @@
 """The whole loop on real parts: vLLM, DeepSpeed, SAM2 and Ray at toy size, one short run shared by the tests."""
 
+import asyncio
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,11 +40,11 @@ def resolved(toy_data, *more):
 
 @pytest.fixture(scope="module")
 def run(ray_session, toy_data, tmp_path_factory):
-    """A finished run of three steps."""
+    """A finished, deterministic run of three steps."""
     from cluster import trainer
 
     folder = run_folder.plan(tmp_path_factory.mktemp("runs"), "three", "debug")
-    trainer.train(resolved(toy_data, "loop.steps=3"), folder)
+    trainer.train(resolved(toy_data, "loop.steps=3", "loop.deterministic=true"), folder)
     return folder
 
 
@@ -110,40 +113,127 @@ def test_masks_and_rewards_of_a_row_belong_together(run):
         assert row.valid and np.isfinite(row.reward) and 0 <= row.length_factor <= 1
 
 
-def test_resume_goes_on_where_the_run_stopped(run, toy_data):
+def test_a_resumed_run_repeats_the_uninterrupted_one(run, tmp_path):
+    """Resumed from step 2 in the deterministic mode: the same step 3 to the last bit, and then step 4."""
     from cluster import trainer
 
-    settings, changed = config.load_for_resume(run.config, ["loop.steps=4"])
+    copy = run_folder.RunFolder(shutil.copytree(run.path, tmp_path / "copy"))
+    shutil.rmtree(dict(checkpoints.steps(copy.checkpoints))[3])
+    settings, changed = config.load_for_resume(copy.config, ["loop.steps=4"])
     assert changed == {"loop.steps": (3, 4)}
-    before = checkpoints.latest(run.checkpoints)[0]
-    trainer.train(config_resolve.resolve(settings, config_resolve.detect_hardware()), run, resume=True)
-    after = checkpoints.latest(run.checkpoints)[0]
-    assert (before.step, after.step) == (3, 4) and after.manifest["position"] == 16
-    steps = [r["step"] for r in read_metrics(run.metrics) if "reward/mean" in r]
-    assert steps == [1, 2, 3, 4]
-    groups = [set(rollout_log.read_columns(f, ["group"])["group"]) for _, f in rollout_log.rollout_files(run.rollouts)]
+    trainer.train(config_resolve.resolve(settings, config_resolve.detect_hardware()), copy, resume=True)
+    checkpoint, _ = checkpoints.latest(copy.checkpoints)
+    assert checkpoint.step == 4 and checkpoint.manifest["position"] == 16
+
+    untimed = lambda record: {name: value for name, value in record.items() if "second" not in name and name != "time"}
+    once, again = ({r["step"]: untimed(r) for r in read_metrics(folder.metrics) if "reward/mean" in r} for folder in (run, copy))
+    assert list(again) == [1, 2, 3, 4] and again[3] == once[3]
+    rows, rows_again = (rollout_log.read_rollouts(dict(rollout_log.rollout_files(folder.rollouts))[3]) for folder in (run, copy))
+    assert rows == rows_again
+    groups = [set(rollout_log.read_columns(f, ["group"])["group"]) for _, f in rollout_log.rollout_files(copy.rollouts)]
     assert groups == [{0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10, 11}, {12, 13, 14, 15}]
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_no_process(toy_data, tmp_path):
-    """SIGINT to `videoseg train`, as a terminal sends it, in the middle of training."""
-    command = [sys.executable, "-m", "cluster.cli", "train", *settings(toy_data, "loop.steps=500", "eval.ends=false", f"run.dir={tmp_path}", "run.name=stopped", "cluster.address=local")]
-    environment = os.environ | {"VIDEOSEG_TEST_MARK": str(tmp_path)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+def test_engines_in_a_run_equal_one_started_from_the_export(ray_session, toy_data, tmp_path):
+    """After an update and its sync, greedy tokens and log-probs are those of an engine that loads the learner's export."""
+    from cluster import trainer
+    from cluster.draws import Draws
+    from cluster.placement import start_actors, stop_actors
+    from cluster.progress import Progress
+    from cluster.run import Run
+
+    settings = resolved(toy_data, "eval.episodes=6", "learner.lr=1e-3")
+    draws, held_out = Draws.of_run(settings)
+    greedy = settings.rollout.sampling().greedy()
+    exported = tmp_path / "exported"
+
+    async def answers(engine):
+        done = await engine.generate_in_order.remote([(draw.prompt, 1, greedy, [0]) for draw in held_out.held_out(6)])
+        return [completion for completions in done for completion in completions]
+
+    async def served_and_fresh():
+        with Progress(1, 0) as progress:
+            run = await Run.start(settings, settings, run_folder.plan(tmp_path, "one", "debug"), draws, held_out, None, progress)
+        try:
+            before = await answers(run.actors.engines[0])
+            await trainer.learn(run, await run.collect())
+            served = await answers(run.actors.engines[0])
+            await run.actors.learners[0].export.remote(str(exported))
+        finally:
+            run.close()
+        actors = await start_actors(dataclasses.replace(settings, policy=dataclasses.replace(settings.policy, path=str(exported))), [])
+        try:
+            return before, served, await answers(actors.engines[0])
+        finally:
+            stop_actors(actors)
+
+    before, served, fresh = asyncio.run(served_and_fresh())
+    assert any(not np.array_equal(b.logprobs, s.logprobs) for b, s in zip(before, served))
+    for s, f in zip(served, fresh, strict=True):
+        np.testing.assert_array_equal(s.token_ids, f.token_ids)
+        np.testing.assert_array_equal(s.logprobs, f.logprobs)
+
+
+@pytest.fixture
+def in_training(toy_data, tmp_path):
+    """Starts `videoseg train` in `tmp_path/stopped`, and hands over its process and output once it has finished two steps."""
+    processes = []
+
+    def start(*more):
+        command = [sys.executable, "-m", "cluster.cli", "train", *settings(toy_data, "loop.steps=500", "eval.ends=false", f"run.dir={tmp_path}", "run.name=stopped", "cluster.address=local"), *more]
+        environment = os.environ | {"VIDEOSEG_TEST_MARK": str(tmp_path)}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        processes.append(process)
+        wait_for(process, "step 2/")
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(process, beginning):
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if line.startswith("step 2/"):
-            break
+        if line.startswith(beginning):
+            return
+    pytest.fail(f"no line begins with {beginning!r}:\n" + "".join(lines))
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_no_process(in_training, tmp_path):
+    """SIGINT to `videoseg train`, as a terminal sends it, in the middle of training."""
+    process = in_training()
     os.killpg(process.pid, signal.SIGINT)
     rest, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, "".join(lines) + rest
+    assert process.returncode == 0, rest
     assert "SIGINT: stopping with a checkpoint" in rest and "stopped: SIGINT" in rest
     checkpoint, rejected = checkpoints.latest(tmp_path / "stopped" / "checkpoints")
     assert checkpoint.step >= 2 and not rejected
     assert read_metrics(tmp_path / "stopped" / "metrics.jsonl")[-1]["step"] == checkpoint.step
+    assert_all_gone(tmp_path)
+
+
+def test_a_second_ctrl_c_leaves_at_once(in_training, tmp_path):
+    """While rollouts that it would wait for are in progress; the last checkpoint, of step 2, is what is left."""
+    process = in_training("loop.grace_seconds=600", "rollout.prompts_per_step=64")
+    while not checkpoints.steps(tmp_path / "stopped" / "checkpoints"):
+        time.sleep(0.1)
+    time.sleep(1)  # the third step's rollouts take several
+    os.killpg(process.pid, signal.SIGINT)
+    wait_for(process, "SIGINT: stopping")
+    os.killpg(process.pid, signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped at once" in rest
+    checkpoint, rejected = checkpoints.latest(tmp_path / "stopped" / "checkpoints")
+    assert checkpoint.step == 2 and not rejected
+    assert_all_gone(tmp_path)
+
+
+def assert_all_gone(mark):
     deadline = time.monotonic() + 30
-    while (left := marked_processes(str(tmp_path))) and time.monotonic() < deadline:
+    while (left := marked_processes(str(mark))) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert not left
 
