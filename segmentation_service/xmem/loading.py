@@ -1,0 +1,109 @@
+"""Loads XMem checkpoints: plain files of names and tensors, with every name and shape in its place."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import CheckpointError
+from .config import XMemConfig, XMemDims
+from .network import XMem
+
+NAMED_AT_MOST = 3
+STEM = "value_encoder.conv1.weight"
+
+
+def load_xmem(path_or_state_dict: str | Path | Mapping[str, torch.Tensor], config: XMemConfig | None = None) -> XMem:
+    """An XMem in float32 on the CPU, frozen, from a `.pth` (or `.safetensors`) file or a state dict, which is copied.
+
+    The published `XMem.pth`, `XMem-s012.pth`, `XMem-s2.pth` and `XMem-no-sensory.pth` fit, and checkpoints of other widths
+    and depths: the dimensions are read from the weights. If `config.dims` is given they must be those. Raises CheckpointError
+    where a file cannot be read, or a name is missing, unexpected, or of another shape; it names the first of each.
+    """
+    if isinstance(path_or_state_dict, Mapping):
+        name, weights = "state dict", dict(path_or_state_dict)
+    else:
+        name, weights = f"checkpoint {path_or_state_dict}", _read(Path(path_or_state_dict).expanduser())
+    strange = [key for key, tensor in weights.items() if not isinstance(key, str) or not isinstance(tensor, torch.Tensor)]
+    if strange:
+        raise CheckpointError(f"XMem {name} holds something other than named tensors (first: {strange[0]!r})", "give the plain state dict of an XMem")
+    stem = weights.get(STEM)
+    if stem is not None and stem.ndim == 4 and stem.shape[1] == 4:  # of a time when XMem knew one object and no "others" channel
+        weights[STEM] = torch.cat([stem, torch.zeros_like(stem[:, :1])], 1)
+    dims = config.dims if config is not None and config.dims is not None else read_dims(weights)
+    with torch.device("meta"):
+        network = XMem(dims)
+    _check(name, weights, {key: tensor.shape for key, tensor in network.state_dict().items()})
+    network.load_state_dict({key: _own(tensor) for key, tensor in weights.items()}, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def read_dims(weights: Mapping[str, torch.Tensor]) -> XMemDims:
+    """The dimensions that the shapes of a state dict imply; a published one where the key that would tell is missing."""
+    official = XMemDims()
+
+    def rows(key: str, default: int) -> int:
+        return weights[key].shape[0] if key in weights and weights[key].ndim else default
+
+    def blocks(prefix: str, default: int) -> int:
+        return max((int(key[len(prefix) :].split(".")[0]) + 1 for key in weights if key.startswith(prefix)), default=default)
+
+    key_stages = [f"key_encoder.{stage}." for stage in ("res2", "layer2", "layer3")]
+    value_stages = [f"value_encoder.{stage}." for stage in ("layer1", "layer2", "layer3")]
+    scales = [f"decoder.{part}.weight" for part in ("fuser.block2.conv2", "up_16_8.out_conv.conv2", "up_8_4.out_conv.conv2")]
+    sensory = any(".hidden_" in key for key in weights)
+    try:
+        return XMemDims(
+            key=rows("key_proj.key_proj.weight", official.key),
+            value=rows("value_encoder.fuser.block2.conv2.weight", official.value),
+            hidden=rows("decoder.hidden_update.transform.weight", 3 * official.hidden) // 3 if sensory else 0,
+            key_planes=tuple(rows(f"{stage}0.conv1.weight", n) for stage, n in zip(key_stages, official.key_planes)),
+            key_blocks=tuple(map(blocks, key_stages, official.key_blocks)),
+            value_planes=tuple(rows(f"{stage}0.conv1.weight", n) for stage, n in zip(value_stages, official.value_planes)),
+            value_blocks=tuple(map(blocks, value_stages, official.value_blocks)),
+            decoder=tuple(map(rows, scales, official.decoder)),
+            update=rows("decoder.hidden_update.g16_conv.weight", official.update),
+        )
+    except ValueError:
+        return official
+
+
+def _read(path: Path) -> Mapping[str, torch.Tensor]:
+    remedy = "give the file of an XMem state dict, such as XMem.pth"
+    if not path.is_file():
+        raise CheckpointError(f"XMem checkpoint {path} is a folder" if path.is_dir() else f"XMem checkpoint {path} does not exist", remedy)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"XMem checkpoint {path} cannot be read ({' '.join(str(error).split())[:300]})", "restore or re-download it") from error
+    if not isinstance(weights, Mapping):
+        raise CheckpointError(f"XMem checkpoint {path} holds a {type(weights).__name__}, not a state dict", remedy)
+    return dict(weights)
+
+
+def _check(name: str, weights: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    found = {
+        "missing": [key for key in shapes if key not in weights],
+        "unexpected": [key for key in weights if key not in shapes],
+        "mis-shaped": [f"{key} {list(weights[key].shape)} for {list(shapes[key])}" for key in shapes if key in weights and weights[key].shape != shapes[key]],
+    }
+    faults = [f"{len(keys)} {fault} keys ({', '.join(keys[:NAMED_AT_MOST])}{', …' if len(keys) > NAMED_AT_MOST else ''})" for fault, keys in found.items() if keys]
+    if faults:
+        raise CheckpointError(
+            f"XMem {name} does not fit: {'; '.join(faults)}",
+            "give the whole, unchanged state dict of an XMem (a DEVA or Cutie checkpoint is none); restore or re-download the file",
+        )
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in float32, channels last: the layout in which CPUs and tensor cores convolve."""
+    if tensor.is_floating_point():
+        tensor = tensor.to(torch.float32)
+    return tensor.detach().cpu().clone(memory_format=torch.channels_last if tensor.ndim == 4 else torch.preserve_format)
