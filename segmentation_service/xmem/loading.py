@@ -37,7 +37,7 @@ def load_xmem(path_or_state_dict: str | Path | Mapping[str, torch.Tensor], confi
     with torch.device("meta"):
         network = XMem(dims)
     _check(name, weights, {key: tensor.shape for key, tensor in network.state_dict().items()})
-    network.load_state_dict({key: _own(tensor) for key, tensor in weights.items()}, assign=True)
+    network.load_state_dict({key: _own(key, tensor) for key, tensor in weights.items()}, assign=True)
     return network.eval().requires_grad_(False)
 
 
@@ -102,8 +102,9 @@ def _check(name: str, weights: Mapping[str, torch.Tensor], shapes: Mapping[str, 
         )
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in float32, channels last: the layout in which CPUs and tensor cores convolve."""
+def _own(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in float32 on the CPU; channels last, the layout in which most is convolved fastest, but for the decoder's `WideConv2d`."""
     if tensor.is_floating_point():
         tensor = tensor.to(torch.float32)
-    return tensor.detach().cpu().clone(memory_format=torch.channels_last if tensor.ndim == 4 else torch.preserve_format)
+    planes = tensor.ndim != 4 or key.startswith(("decoder.up_", "decoder.pred"))
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format if planes else torch.channels_last)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .blocks import BasicBlock, Bottleneck, Fusion, GatedUpdate, ResidualBlock, SharedConv2d, conv3x3, resnet_stage, upsample
+from .blocks import BasicBlock, Bottleneck, Fusion, GatedUpdate, ResidualBlock, SharedConv2d, WideConv2d, conv3x3, resnet_stage, upsample
 from .config import XMemDims
 from .reading import at_least_float32
 
@@ -98,8 +98,8 @@ class SkipUpsample(nn.Module):
 
     def __init__(self, skip: int, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.skip_conv = conv3x3(skip, inputs)
-        self.out_conv = ResidualBlock(inputs, outputs)
+        self.skip_conv = WideConv2d(skip, inputs)
+        self.out_conv = ResidualBlock(inputs, outputs, WideConv2d)
 
     def forward(self, skip_1Chw: torch.Tensor, coarse_NChw: torch.Tensor) -> torch.Tensor:
         """skip: the image feature after `skip_conv`, which all objects share."""

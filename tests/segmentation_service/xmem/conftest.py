@@ -1,10 +1,13 @@
 """What the tests of XMem share: the vectors, and networks filled by the recipe, official or tiny."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))  # plain_xmem.py
 
 import xmem_recipe as recipe
 from segmentation_service.xmem import load_xmem

@@ -1,6 +1,9 @@
 """Loading is strict: every key and shape of the published checkpoints, other dimensions from the weights, and errors that name the fault."""
 
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +90,12 @@ def test_what_is_no_state_dict(tiny_weights, tmp_path):
     assert "holds a Tensor, not a state dict" in load_error(tmp_path / "tensor.pth")
     torch.save({"model": tiny_weights, "step": 3}, tmp_path / "wrapped.pth")
     assert "something other than named tensors (first: 'model')" in load_error(tmp_path / "wrapped.pth")
+
+
+def test_settings_are_read_without_torch():
+    code = "import sys; from segmentation_service.xmem import XMemConfig, XMemDims; XMemConfig(dims=XMemDims()); assert 'torch' not in sys.modules"
+    root = Path(__file__).resolve().parents[3]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
 
 
 def test_files_are_data_and_no_programs(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import segmentation_service.xmem.memory as memory_module
-from literal_memory import LiteralMemory
+from plain_xmem import PlainMemory
 from segmentation_service.xmem import XMemConfig
 from segmentation_service.xmem.memory import ElementTable, MemoryBank, XMemMemory
 from segmentation_service.xmem.reading import BLOCK, memory_rows, query_rows, top_k
@@ -72,7 +72,7 @@ def test_fewer_elements_than_top_k():
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_memory_is_the_literal_one(seed):
+def test_memory_is_the_plain_one(seed):
     """Random settings and arrivals, through consolidations and evictions: the same elements are read with the same weights."""
     draw = random.Random(seed)
     t_min = draw.randint(2, 4)
@@ -86,17 +86,17 @@ def test_memory_is_the_literal_one(seed):
         max_long_term_elements=draw.choice([p, 2 * p + 1, 5 * p, 10000]),
     )
     arrivals = sorted(draw.sample(range(1, 14), 3))
-    ours, literal = XMemMemory(config), LiteralMemory(config)
+    ours, plain = XMemMemory(config), PlainMemory(config)
     for t in range(36):
         key, shrinkage, selection, values = (x.double() for x in frame(1000 * seed + t, 1 + sum(t >= a for a in arrivals)))
         if t:
             known = ours.objects
-            expected = literal.read(key[0].flatten(1), selection[0].flatten(1))
+            expected = plain.read(key[0].flatten(1), selection[0].flatten(1))
             torch.testing.assert_close(ours.read(key, selection).flatten(2), expected.view(known, VALUE, -1), atol=1e-9, rtol=1e-9)
         ours.write(key, shrinkage, selection, values)
-        literal.write(key[0].flatten(1), shrinkage[0].flatten(1), selection[0].flatten(1), values.flatten(2))
-        assert ours.sizes()["working_by_cohort"] == [v.shape[2] for v in literal.values]
-        assert ours.sizes()["long_term_by_cohort"] == [0 if v is None else v.shape[2] for v in literal.long_values]
+        plain.write(key[0].flatten(1), shrinkage[0].flatten(1), selection[0].flatten(1), values.flatten(2))
+        assert ours.sizes()["working_by_cohort"] == [v.shape[2] for v in plain.values]
+        assert ours.sizes()["long_term_by_cohort"] == [0 if v is None else v.shape[2] for v in plain.long_values]
 
 
 def test_corrected_store_treats_a_late_cohort_as_if_its_first_frame_were_the_first():

@@ -7,6 +7,7 @@ import torch
 
 import xmem_recipe as recipe
 from segmentation_service.xmem import XMem, XMemConfig, XMemGroupTracker, XMemTracker
+from segmentation_service.xmem.blocks import WideConv2d
 from tiny_xmem import TINY, tiny_state_dict
 
 HEIGHT, WIDTH = 35, 50  # three by four positions, both sides padded
@@ -221,6 +222,27 @@ def test_folded_network_gives_the_answers_of_the_plain_one(hidden):
         torch.testing.assert_close(fast, plain, atol=2e-5, rtol=2e-5)
     assert folded.for_inference() is folded and XMemTracker(folded).group.network is folded
     assert set(network.state_dict()) == set(tiny_state_dict(dims)) and all(p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.skipif(not torch.backends.nnpack.is_available(), reason="this torch or CPU has no NNPACK")
+def test_decoder_convolutions_by_nnpack(monkeypatch):
+    """Used where it pays and not where gradients or other precisions are wanted; the answers are those of torch's convolution."""
+    calls = []
+    nnpack = torch._nnpack_spatial_convolution
+    monkeypatch.setattr(torch, "_nnpack_spatial_convolution", lambda *args: calls.append(1) or nnpack(*args))
+    conv = WideConv2d(64, 32)
+    x = torch.randn(2, 64, 40, 30)
+    direct = torch.nn.functional.conv2d(x, conv.weight, conv.bias, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), direct, atol=1e-3, rtol=0)
+        torch.testing.assert_close(conv(x.contiguous(memory_format=torch.channels_last)), direct, atol=1e-3, rtol=0)
+        assert len(calls) == 4
+        conv(x[:, :, :30])  # too small
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            conv(x)
+        conv.double()(x.double())
+    conv.float()(x).sum().backward()
+    assert len(calls) == 4
 
 
 def test_tracker_without_sensory_memory(clip):
