@@ -6,11 +6,11 @@ Names (a `*` stands for a term, stage, class or service):
     length/response length/reasoning length/truncated_fraction
     length/factor length/factor/{easy,medium,hard} length/penalised_fraction
     answers/invalid_fraction                             groups/zero_variance_fraction groups/used groups/dropped
-    kl/reference                                         mismatch/kl mismatch/prob_error mismatch/logprob_diff
+    kl/reference                                         mismatch/{kl,logprob_diff,prob_error,largest}
     clip/low_fraction clip/high_fraction                 learner/grad_norm learner/loss learner/lr
     tokens/prompt tokens/response tokens/per_second      seconds/* seconds/step
-    staleness/0 staleness/1 …                            cache/*_hit_rate
-    failures/*                                           eval/*
+    staleness/0 staleness/1 …                            failures/*
+    eval/*
 
 Fractions are 0..1, lengths are tokens, times are seconds, KLs are nats per token.
 """
@@ -105,29 +105,6 @@ def group_metrics(completions: Sequence[ScoredCompletion]) -> dict[str, float]:
         # Equality is decided by max and min: a standard deviation of equal floats need not come out as 0.
         out["groups/zero_variance_fraction"] = sum(max(r) == min(r) for r in rewards.values()) / len(rewards)
     return out
-
-
-def mismatch_metrics(rollout_logprobs: np.ndarray, learner_logprobs: np.ndarray) -> dict[str, float]:
-    """How far the learner's log-probs of the sampled tokens are from the engine's, on the same weights.
-
-    Both are 1-D, one value a response token (all sequences joined). `kl` is the k3 estimate of KL(rollout || learner)
-    (Schulman, "Approximating KL divergence"); `prob_error` is the mean of exp(|difference|), 1 when equal (NeMo-RL's
-    multiplicative probability error); `logprob_diff` is the mean absolute difference.
-    """
-    rollout, learner = np.asarray(rollout_logprobs, np.float64), np.asarray(learner_logprobs, np.float64)
-    if rollout.shape != learner.shape or rollout.ndim != 1 or not rollout.size:
-        raise ValueError(f"one log-prob a token is needed on both sides, got shapes {rollout.shape} and {learner.shape}")
-    difference = learner - rollout
-    return {
-        "mismatch/kl": float(np.mean(np.expm1(difference) - difference)),
-        "mismatch/prob_error": float(np.mean(np.exp(np.abs(difference)))),
-        "mismatch/logprob_diff": float(np.mean(np.abs(difference))),
-    }
-
-
-def hit_rate(hits: float, misses: float) -> float:
-    """Share of look-ups that were hits; 0 if there were none."""
-    return hits / (hits + misses) if hits + misses else 0.0
 
 
 class StageTimes:

@@ -9,7 +9,7 @@ import pytest
 
 from cluster import metrics, progress
 from cluster.errors import DataError
-from cluster.metrics import MetricsWriter, ScoredCompletion, completion_metrics, drop_after, mismatch_metrics, read_metrics
+from cluster.metrics import MetricsWriter, ScoredCompletion, completion_metrics, drop_after, read_metrics
 
 
 def completions():
@@ -67,17 +67,6 @@ def test_equal_rewards_are_zero_variance_even_when_their_std_is_not_zero():
     assert out["groups/zero_variance_fraction"] == 0.0
 
 
-def test_mismatch_is_zero_for_equal_and_grows():
-    logprobs = np.log(np.array([0.5, 0.25, 0.9]))
-    assert mismatch_metrics(logprobs, logprobs) == {"mismatch/kl": 0.0, "mismatch/prob_error": 1.0, "mismatch/logprob_diff": 0.0}
-    out = mismatch_metrics(logprobs, logprobs + np.array([0.1, -0.1, 0.0]))
-    assert out["mismatch/logprob_diff"] == pytest.approx(0.2 / 3)
-    assert out["mismatch/kl"] == pytest.approx((math.exp(0.1) - 1.1 + math.exp(-0.1) - 0.9) / 3)
-    assert out["mismatch/prob_error"] == pytest.approx((2 * math.exp(0.1) + 1) / 3)
-    with pytest.raises(ValueError, match="one log-prob a token"):
-        mismatch_metrics(logprobs, logprobs[:2])
-
-
 def test_stage_times_nest_and_add_up():
     times = metrics.StageTimes()
     with times.stage("score"):
@@ -90,7 +79,6 @@ def test_stage_times_nest_and_add_up():
     out = times.metrics(response_tokens=100)
     assert set(out) == {"seconds/score", "seconds/segment", "seconds/step", "tokens/per_second"}
     assert out["seconds/segment"] <= out["seconds/score"] <= out["seconds/step"]
-    assert metrics.hit_rate(3, 1) == 0.75 and metrics.hit_rate(0, 0) == 0.0
 
 
 def test_writer_writes_strict_json_and_counts_what_is_not_finite(tmp_path):
