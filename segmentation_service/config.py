@@ -1,12 +1,43 @@
-"""Settings of the segmentation service: which SAM2, how many replicas, and on what they run."""
+"""Settings of the segmentation service: which SAM2, how many replicas, on what they run, and how masks go through a video."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Optional
+
+from .xmem.config import XMemConfig
 
 BACKENDS = ("transformers",)
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+METHODS = ("xmem",)
+PRECISIONS = ("float32", "float16", "bfloat16")
+
+
+@dataclass
+class PropagationConfig:
+    """How masks on one frame are carried to the other frames of its video. Defaults are those of XMem's evaluation, but for `dtype`."""
+
+    method: str = field(default="xmem", metadata={"help": "Program that carries masks through a video.", "choices": METHODS})
+    checkpoint: Optional[str] = field(
+        default=None, metadata={"help": "Its weights: the file of an XMem of any dimensions, such as XMem.pth; null: masks are not propagated."}
+    )
+    size: int = field(
+        default=480,
+        metadata={"help": "Short side to which frames are brought, larger or smaller; 0: they keep their size. Masks come back at the frames' own.", "min": 0},
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Precision of the networks, by autocast; memory stays float32. The published program uses float16 on GPUs.",
+            "choices": PRECISIONS,
+        },
+    )
+    max_objects: int = field(
+        default=64,
+        metadata={"help": "Most distinct objects of a group that go through the video together; more go in turns, which bounds memory.", "min": 1},
+    )
+    xmem: XMemConfig = field(default_factory=XMemConfig, metadata={"help": "XMem's memory, under the published names."})
 
 
 @dataclass
@@ -32,3 +63,4 @@ class SegmentationConfig:
         default=64,
         metadata={"help": "Most prompts decoded at a time; more are decoded in turns, which bounds memory.", "min": 1},
     )
+    propagation: PropagationConfig = field(default_factory=PropagationConfig, metadata={"help": "From masks on the target frame to masks on all."})

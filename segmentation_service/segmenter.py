@@ -1,18 +1,22 @@
-"""The segmenter: one frame and the prompts of many hypotheses in, masks out, with a single image encoding."""
+"""The segmenter: one frame and the prompts of many hypotheses in, masks out, with a single image encoding; and on through the video."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from .checkpoint import check_folder
-from .config import BACKENDS
+from .config import BACKENDS, PropagationConfig
 from .masks import encode_rle
 from .prompts import ObjectPrompt, clip_prompt
+from .video import Video
+
+if TYPE_CHECKING:
+    from .propagation import Hypothesis, Propagator
 
 __all__ = ["ObjectPrompt", "Sam2Backend", "Segmenter", "SegmenterStats"]
 
@@ -32,7 +36,7 @@ class Sam2Backend(Protocol):
 
 @dataclass
 class SegmenterStats:
-    """Counters since the segmenter was made. prompts = decoded + deduplicated + empty."""
+    """Counters since the segmenter was made. prompts = decoded + deduplicated + empty; a frame counts once for all hypotheses of a pass."""
 
     image_encodings: int = 0
     prompts: int = 0
@@ -41,14 +45,17 @@ class SegmenterStats:
     empty: int = 0
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
+    frames_propagated: int = 0
+    propagate_seconds: float = 0.0
 
 
 class Segmenter:
-    """Frozen SAM2 for groups of hypotheses about one frame. Not thread-safe.
+    """Frozen SAM2 for groups of hypotheses about one frame, and frozen XMem for the rest of the video. Not thread-safe.
 
     checkpoint: a Hugging Face folder or hub id; backend: one of `config.BACKENDS`, or an object that meets `Sam2Backend`
-    (then the other arguments do not matter). Raises CheckpointError where the checkpoint is missing, incomplete, or of
-    another architecture.
+    (then checkpoint, device, dtype and max_prompts_per_batch do not matter). propagation: settings, whose network is loaded
+    to the backend's device if they name a checkpoint, or a `Propagator`. Raises CheckpointError where a checkpoint is missing,
+    incomplete, or of another architecture.
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class Segmenter:
         device: str = "auto",
         dtype: str = "auto",
         max_prompts_per_batch: int = 64,
+        propagation: PropagationConfig | Propagator | None = None,
     ) -> None:
         if not isinstance(backend, str):
             self.backend = backend
@@ -68,6 +76,11 @@ class Segmenter:
             self.backend = TransformersSam2.load(checkpoint, device, dtype, max_prompts_per_batch)
         else:
             raise ValueError(f"segmentation.backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        if isinstance(propagation, PropagationConfig) and propagation.checkpoint is not None:
+            from .propagation import Propagator
+
+            propagation = Propagator.load(propagation, self.backend.device)
+        self.propagator = None if isinstance(propagation, PropagationConfig) else propagation
         self._stats = SegmenterStats()
 
     def segment_frame(self, frame_HW3: np.ndarray, hypotheses: Sequence[Sequence[ObjectPrompt]]) -> list[np.ndarray]:
@@ -95,6 +108,26 @@ class Segmenter:
         empty = encode_rle(np.zeros(frame_HW3.shape[:2], dtype=bool))
         rles = [encode_rle(mask_HW) for mask_HW in masks_UHW]
         return [[dict(empty if place is None else rles[place]) for place in places_i] for places_i in places]
+
+    def propagate_group(
+        self, video: Video, target_frame: int, hypotheses: Sequence[Hypothesis], frames: Collection[int] | None = None
+    ) -> list[dict[int, list[dict]]]:
+        """For each hypothesis {frame: one COCO RLE an object}, on the given frames or on all of the video.
+
+        hypotheses: masks on the target frame, bool (N, H, W) or RLEs as from `segment_group`. They go through the video in
+        one pass a direction; rules and errors under `propagation.Propagator`. Raises ValueError where the segmenter was made
+        without propagation.
+        """
+        if self.propagator is None:
+            raise ValueError("this segmenter does not propagate masks; set segmentation.propagation.checkpoint to the file of an XMem, such as XMem.pth")
+        start = time.perf_counter()
+
+        def count(done: int, total: int) -> None:
+            self._stats.frames_propagated += 1
+
+        result = self.propagator.propagate_rle(video, target_frame, hypotheses, frames, count)
+        self._stats.propagate_seconds += time.perf_counter() - start
+        return result
 
     def stats(self) -> dict[str, float]:
         """The counters of `SegmenterStats` as a dictionary."""
