@@ -30,7 +30,7 @@ class RunConfig:
     reward: RewardConfig = field(
         default_factory=RewardConfig, metadata={"help": "What a completion earns; `preset: NAME` in a recipe starts from a published system."}
     )
-    segmentation: SegmentationConfig = field(default_factory=SegmentationConfig, metadata={"help": "SAM2."})
+    segmentation: SegmentationConfig = field(default_factory=SegmentationConfig, metadata={"help": "SAM2, and what carries its masks through the video."})
     learner: LearnerConfig = field(default_factory=LearnerConfig, metadata={"help": "How the policy is updated (DeepSpeed)."})
     loop: LoopConfig = field(default_factory=LoopConfig, metadata={"help": "The training loop."})
     eval: EvalConfig = field(default_factory=EvalConfig, metadata={"help": "Held-out evaluation."})

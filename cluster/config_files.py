@@ -37,7 +37,11 @@ def locate(config: RunConfig) -> RunConfig:
     return replace(
         config,
         policy=replace(config.policy, path=found["policy.path"]),
-        segmentation=replace(config.segmentation, checkpoint=found["segmentation.checkpoint"]),
+        segmentation=replace(
+            config.segmentation,
+            checkpoint=found["segmentation.checkpoint"],
+            propagation=replace(config.segmentation.propagation, checkpoint=found.get("segmentation.propagation.checkpoint")),
+        ),
         data=replace(config.data, train=found["data.train"], evaluation=found["data.evaluation"]),
     )
 
@@ -68,6 +72,8 @@ def _look(config: RunConfig) -> tuple[dict[str, str], list[MissingFileError]]:
         ("data.train", config.data.train, False),
         ("data.evaluation", config.data.evaluation, False),
     ]
+    if config.segmentation.propagation.checkpoint is not None:
+        wanted.append(("segmentation.propagation.checkpoint", config.segmentation.propagation.checkpoint, False))
     found, problems = {}, []
     for key, given, allow_hub in wanted:
         try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
@@ -10,6 +11,10 @@ import ray
 from .config import SegmentationConfig
 from .prompts import ObjectPrompt
 from .segmenter import Segmenter
+from .video import Video
+
+if TYPE_CHECKING:
+    from .propagation import Hypothesis
 
 
 @ray.remote
@@ -23,7 +28,9 @@ class SegmenterActor:
     def __init__(self, config: SegmentationConfig) -> None:
         self._error: ValueError | None = None
         try:
-            self._segmenter = Segmenter(config.checkpoint, config.backend, config.device, config.dtype, config.max_prompts_per_batch)
+            self._segmenter = Segmenter(
+                config.checkpoint, config.backend, config.device, config.dtype, config.max_prompts_per_batch, propagation=config.propagation
+            )
         except ValueError as error:  # CheckpointError among them
             self._error = error
             return
@@ -41,8 +48,14 @@ class SegmenterActor:
         """One COCO RLE for every object of every hypothesis about the frame; see `Segmenter.segment_group`."""
         return self._loaded().segment_group(frame_HW3, hypotheses)
 
+    def propagate_group(
+        self, video: Video, target_frame: int, hypotheses: Sequence[Hypothesis], frames: Collection[int] | None = None
+    ) -> list[dict[int, list[dict]]]:
+        """COCO RLEs by frame for every hypothesis; see `Segmenter.propagate_group`. An `ImageFolder` is read where the actor runs."""
+        return self._loaded().propagate_group(video, target_frame, hypotheses, frames)
+
     def stats(self) -> dict[str, float]:
-        """Image encodings, prompts asked, decoded, deduplicated and empty, and seconds; see `SegmenterStats`."""
+        """Image encodings, prompts asked, decoded, deduplicated and empty, frames propagated, and seconds; see `SegmenterStats`."""
         return self._loaded().stats()
 
     def _loaded(self) -> Segmenter:

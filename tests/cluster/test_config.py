@@ -470,6 +470,18 @@ def test_missing_files_are_all_listed_and_generated_data_is_not_missed(tmp_path)
     assert not (tmp_path / "toy").exists()  # nothing is generated for a run that cannot start
 
 
+def test_weights_for_propagation_are_looked_for_where_they_are_named(tmp_path):
+    (tmp_path / "xmem.pth").touch()
+    for split in ("train", "valid_u"):
+        (tmp_path / "toy" / split).mkdir(parents=True)
+    c = files_config(tmp_path, f"segmentation.propagation.checkpoint={tmp_path}/xmem.pth", "segmentation.propagation.xmem.mem_every=3")
+    located = config_files.locate(c).segmentation.propagation
+    assert (located.checkpoint, located.xmem.mem_every) == (f"{tmp_path}/xmem.pth", 3)
+    (tmp_path / "xmem.pth").unlink()
+    with pytest.raises(MissingFileError, match="segmentation.propagation.checkpoint = .*xmem.pth"):
+        config_files.locate(c)
+
+
 def test_missing_data_is_generated_once(tmp_path, monkeypatch):
     from rollout import toy_data
 
