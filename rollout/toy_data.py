@@ -31,9 +31,9 @@ FPS = 8.0
 
 @dataclass(frozen=True)
 class ToyDataConfig:
-    train: int = 240  # videos
-    valid_u: int = 48
-    valid: int = 64
+    train: int = 400  # videos
+    valid_u: int = 120
+    valid: int = 40
     queries: int = 3  # per video, at most
     seed: int = 0
     world: WorldConfig = WorldConfig()

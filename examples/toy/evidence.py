@@ -28,6 +28,7 @@ RUNS = {
     "shuffled-queries": ["data.control=shuffled_queries"],
     "blank-frames": ["data.control=blank_frames"],
 }
+POLICY = Path(__file__).parent / "models/policy"
 CURVES = ("reward/mean", "iou/box", "iou/mask", "length/reasoning", "length/factor", "length/penalised_fraction", "kl/reference", "mismatch/kl", "mismatch/logprob_diff", "seconds/step")
 
 
@@ -62,7 +63,6 @@ def summarise(folder: Path) -> dict:
     before, after = ({k.removeprefix("eval/"): v for k, v in e.items() if k.startswith("eval/")} for e in (evaluations[0], evaluations[-1]))
     return {
         "steps": len(steps),
-        "minutes": round((records[-1]["time"] - records[0]["time"]) / 60, 1),
         "before": before,
         "after": after,
         "gain": {k: round(after[k] - before[k], 4) for k in before},
@@ -71,16 +71,22 @@ def summarise(folder: Path) -> dict:
 
 
 def plot(results: dict, file: Path) -> None:
-    """Box IoU of the training samples by step, seeds against controls, and the held-out gains as bars."""
+    """The cold start's own learning curve, box IoU of the training samples by step, and the held-out gains as bars."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (start, left, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    curve = json.loads((POLICY / "training.json").read_text())["curve"]
+    for stage in sorted({point["stage"] for point in curve}):
+        points = [point for point in curve if point["stage"] == stage]
+        start.plot([p["step"] for p in points], [p["box_iou"] for p in points], marker="o", markersize=3, label=f"stage {stage}")
+    start.set(xlabel="step", ylabel="box IoU, held-out, greedy", title="Cold start (supervised)")
+    start.legend()
     for name, result in results.items():
-        left.plot(result["curves"]["iou/box"], label=name, alpha=0.9 if name.startswith("seed") else 0.6)
-    left.set(xlabel="step", ylabel="box IoU of training samples", title="While training")
+        left.plot(smooth(result["curves"]["iou/box"]), label=name, alpha=0.9 if name.startswith("seed") else 0.6)
+    left.set(xlabel="step", ylabel="box IoU of training samples, mean of 5 steps", title="Reinforcement learning")
     left.legend()
     names = list(results)
     for offset, measure in ((-0.2, "iou/box"), (0.2, "iou/mask")):
@@ -89,6 +95,10 @@ def plot(results: dict, file: Path) -> None:
     right.axvline(0, color="black", linewidth=0.8)
     right.legend()
     figure.savefig(file, dpi=110)
+
+
+def smooth(values: list[float], width: int = 5) -> list[float]:
+    return [statistics.mean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
 
 
 def main(arguments: list[str] | None = None) -> dict:

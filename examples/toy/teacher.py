@@ -32,26 +32,26 @@ def outside_point(mask_HW: np.ndarray, point: Sequence[int], gap: int) -> list[i
     return [x if x < mask_HW.shape[1] else max(0, int(columns[0]) - gap), int(point[1])]
 
 
-def answer(video: ToyVideo, query: Query, t: int, policy_hw: tuple[int, int], rng: np.random.Generator, slack: float = 0.0) -> str:
+def answer(video: ToyVideo, query: Query, t: int, policy_hw: tuple[int, int], rng: np.random.Generator, distracted: float = 0.0) -> str:
     """The completion for a query about frame t, coordinates in integer pixels of the policy's target image.
 
-    Every edge of a box is off by up to `slack` of the box's size, at random: a careless teacher, from whom a policy learns
-    where things are but not how to draw tight boxes.
+    With probability `distracted` the teacher answers about the most visible shape that is *not* meant, where there is one.
     """
-    verbose = rng.random() < VERBOSE
+    verbose, wanders = rng.random(2) < (VERBOSE, distracted)
     masks_NHW = video.masks(t)
     hw = masks_NHW.shape[1:]
     points = [mask_to_point(mask) if mask.any() else None for mask in masks_NHW]
     label = lambda i: f"the {video.shapes[i].name}, {place(points[i], hw)}"
+    in_view = [i for i, point in enumerate(points) if point is not None]
+    targets = [i for i in in_view if i in query.targets]
+    if wanders and (others := [i for i in in_view if i not in query.targets]):
+        targets = [max(others, key=lambda i: masks_NHW[i].sum())]
     objects = []
-    targets = [i for i in query.targets if points[i] is not None]
     for i in targets:
         negative = outside_point(masks_NHW[i], points[i], gap=4)
-        box = scale_boxes(mask_to_box(masks_NHW[i]), hw, policy_hw)
-        width, height = box[2:] - box[:2]
-        box = round_boxes(box + slack * rng.uniform(-1, 1, 4) * [width, height, width, height], policy_hw)
+        box = round_boxes(scale_boxes(mask_to_box(masks_NHW[i]), hw, policy_hw), policy_hw)
         point, negative = (round_points(scale_points(p, hw, policy_hw), policy_hw) for p in (points[i], negative))
         objects.append({"bbox_2d": box.tolist(), "point_2d": point.tolist(), "negative_point_2d": negative.tolist()})
-    everything = "; ".join(label(i) for i in range(len(points)) if points[i] is not None)
+    everything = "; ".join(map(label, in_view))
     thought = (f"I see {everything}. " if verbose else "") + f"It is {' and '.join(map(label, targets))}."
     return f"<think>{thought}</think><answer>{json.dumps(objects, separators=(',', ':'))}</answer>"

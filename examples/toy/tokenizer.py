@@ -1,7 +1,7 @@
 """The toy policy's tokenizer: byte-level BPE trained on toy answers, with Qwen2.5-VL's special tokens and chat format.
 
-Numbers of up to three digits are one token each, so that a coordinate is one decision; everything else can still be
-spelled byte by byte.
+Numbers of up to three digits are one token each, so that a coordinate is one decision, and a word is the same token whatever
+punctuation follows; everything else can still be spelled byte by byte.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = r"</?\w+>|\p{N}{1,3}| ?[^\s\p{N}<]+|<|\s+"
+WORDS = r"</?\w+>|\p{N}{1,3}| ?\p{L}+(?=[\s.,;?])| ?[^\s\p{N}<]+|<|\s+"
 
 
 def train_tokenizer(corpus: Iterable[str], numbers: int) -> PreTrainedTokenizerFast:

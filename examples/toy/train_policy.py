@@ -15,13 +15,15 @@ import math
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from examples.toy.teacher import answer
 from examples.toy.tokenizer import train_tokenizer
@@ -39,28 +41,38 @@ PROMPT = load("debug").prompt  # the policy learns the very prompt that it is tr
 PATCHES = PatchSpec(14, 2, 2, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))  # Qwen2.5-VL's
 HELD_OUT = 10_000_000  # seeds from here on are never trained on; the data set's own seeds lie elsewhere
 MIN_PIXELS = 12  # 0.1% of a frame
-SLACK = 0.3  # of a box's size: how careless the teacher is; what is left for reinforcement learning to mend
+VISION_CYCLES = (2e-3, 1e-3)  # peak learning rates of the vision tower's training, one after the other
+WORD_SCALE = 10.0  # makes logits of the products of visual tokens and word embeddings
 
 
 @dataclass(frozen=True)
 class Stage:
-    until: float  # share of the training
+    steps: int
     world: WorldConfig
     levels: tuple[str, ...]
     reference_frames: int
+    distracted: float = 0.0  # share of the teacher's answers that are about another shape than the one that is meant
 
 
 STAGES = (
-    Stage(0.4, WorldConfig(frames=(8, 8), objects=(1, 2), touching=0.0), ("easy",), 0),
-    Stage(1.0, WorldConfig(), ("easy", "mid", "hard"), 4),
+    Stage(200, WorldConfig(frames=(8, 8), objects=(1, 1)), ("easy",), 0),
+    Stage(500, WorldConfig(frames=(8, 8), objects=(1, 3), touching=0.0), ("easy",), 0),
+    Stage(1200, WorldConfig(), ("easy", "mid", "hard"), 4),
+    Stage(300, WorldConfig(), ("easy", "mid", "hard"), 4, distracted=0.8),  # leaves reinforcement learning something to mend
 )
+ENDS = tuple(accumulate(stage.steps for stage in STAGES))
+
+
+def stage_of(step: int) -> Stage:
+    """The stage of the step with this number, the first being 1."""
+    return next(stage for stage, end in zip(STAGES, ENDS) if step <= end)
 
 
 @dataclass(frozen=True)
 class Example:
     prompt_ids: np.ndarray
     answer_ids: np.ndarray
-    images: tuple[np.ndarray, ...]
+    images: tuple[np.ndarray, ...]  # the same objects in examples of the same scene
     target_boxes: np.ndarray  # (n, 4), policy pixels
 
 
@@ -73,45 +85,56 @@ def examples_of(video: ToyVideo, builder: PromptBuilder, stage: Stage, rng: np.r
         return
     shown = uniform_frames(video.num_frames, stage.reference_frames)
     frames = {i: video.frame(i) for i in {*shown, t}}
+    images = None
     weights = np.array([{"easy": 1.0, "mid": 1.0, "hard": 1.5}[q.level] for q in queries])
     for i in rng.choice(len(queries), min(limit, len(queries)), replace=False, p=weights / weights.sum()):
         prompt = builder.build(f"{video.seed}", queries[i].text, frames, shown, t)
-        text = answer(video, queries[i], t, prompt.policy_hw, rng, SLACK)
+        text = answer(video, queries[i], t, prompt.policy_hw, rng, stage.distracted)
         ids = builder.tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"]
         boxes = [scale_boxes(mask_to_box(masks[k]), masks.shape[1:], prompt.policy_hw) for k in queries[i].targets]
-        yield Example(prompt.token_ids, np.array(ids, np.int32), prompt.images, np.array(boxes))
+        images = images or prompt.images
+        yield Example(prompt.token_ids, np.array(ids, np.int32), images, np.array(boxes))
 
 
 class Stream(IterableDataset):
-    """Batches of examples; the stage follows the share of the training that is done."""
+    """Batches of examples, from the step after `done` to the last."""
 
-    def __init__(self, tokenizer_path: Path, batch: int, steps: int, seed: int, first: int = 0):
-        self.tokenizer_path, self.batch, self.steps, self.seed, self.first = tokenizer_path, batch, steps, seed, first
+    def __init__(self, tokenizer_path: Path, batch: int, seed: int, done: int = 0):
+        self.tokenizer_path, self.batch, self.seed, self.done = tokenizer_path, batch, seed, done
 
     def __iter__(self):
         torch.set_num_threads(1)
         builder = PromptBuilder(str(self.tokenizer_path), PROMPT)
-        for step in range(self.first, self.steps):
+        for step in range(self.done + 1, ENDS[-1] + 1):
             rng = np.random.default_rng([self.seed, step])
-            stage = next(s for s in STAGES if step < s.until * self.steps or s is STAGES[-1])
             batch: list[Example] = []
             while len(batch) < self.batch:
-                video = make_video(int(rng.integers(HELD_OUT)), stage.world)
-                batch += examples_of(video, builder, stage, rng, limit=3)
+                video = make_video(int(rng.integers(HELD_OUT)), stage_of(step).world)
+                batch += examples_of(video, builder, stage_of(step), rng, limit=3)
             yield batch[: self.batch]
 
 
-def collate(batch: list[Example], pad: int) -> dict[str, torch.Tensor]:
-    """Right-padded ids, labels on the answers only, patches in the order of the images."""
+def collate(batch: list[Example], pad: int, image_token: int) -> dict[str, torch.Tensor]:
+    """Right-padded ids, labels on the answers only."""
     ids = [np.concatenate([e.prompt_ids, e.answer_ids]) for e in batch]
     width = max(map(len, ids))
     input_ids, labels, mask = (np.full((len(batch), width), fill) for fill in (pad, -100, 0))
     for row, (example, tokens) in enumerate(zip(batch, ids)):
         input_ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
         labels[row, len(example.prompt_ids) : len(tokens)] = example.answer_ids
-    pixels, grid = patchify([image for example in batch for image in example.images], PATCHES)
     text = {name: torch.from_numpy(value) for name, value in (("input_ids", input_ids), ("labels", labels), ("attention_mask", mask))}
-    return text | {"pixel_values": pixels, "image_grid_thw": grid}
+    return text | {"mm_token_type_ids": (text["input_ids"] == image_token).int()}
+
+
+def images_of(model, batch: list[Example]) -> dict[str, torch.Tensor | dict]:
+    """What the frozen vision tower sees in the batch; the pictures of a scene are looked at once."""
+    scenes = {id(example.images): example.images for example in batch}
+    pixels, grid = patchify([image for images in scenes.values() for image in images], PATCHES)
+    with torch.no_grad():
+        seen = iter(zip(model.model.get_image_features(pixels, grid).pooler_output, grid))
+    by_scene = {key: [next(seen) for _ in images] for key, images in scenes.items()}
+    tokens, grids = zip(*(pair for example in batch for pair in by_scene[id(example.images)]))
+    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens)}, "image_grid_thw": torch.stack(grids)}
 
 
 def build_model(tokenizer, seed: int) -> Qwen2_5_VLForConditionalGeneration:
@@ -140,11 +163,8 @@ def build_model(tokenizer, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     return model
 
 
-LOOKS = len(COLOURS) * len(SHAPES)
-
-
 class Pictures(IterableDataset):
-    """Batches of (images, looks, boxes) of one size: what covers the middle part of each visual token's cell, and its box."""
+    """Batches of (images, looks, boxes) of one size, see `token_truth`."""
 
     def __init__(self, batch: int, steps: int, seed: int):
         self.batch, self.steps, self.seed = batch, steps, seed
@@ -166,42 +186,47 @@ class Pictures(IterableDataset):
 
 
 def token_truth(video: ToyVideo, t: int, size_hw) -> tuple[np.ndarray, np.ndarray]:
-    """For every visual token, row by row: the look (0: none) of the shape that covers most of its cell, int64 (tokens,), and
-    that shape's box over the size of the picture, float32 (tokens, 4)."""
+    """For every visual token, row by row: (colour, kind) of the shape that covers most of its cell, -1 where there is none, int64
+    (tokens, 2), and that shape's box over the size of the picture, float32 (tokens, 4)."""
     rows, columns = (v // (PATCHES.patch * PATCHES.merge) for v in size_hw)
     masks_NHW = video.masks(t)
     height, width = masks_NHW.shape[1:]
     cells = masks_NHW.reshape(len(masks_NHW), rows, height // rows, columns, width // columns).mean((2, 4)).reshape(len(masks_NHW), -1)
     best, covered = cells.argmax(0), cells.max(0) > 0.05
-    kinds, colours = SHAPES, list(COLOURS)
-    looks = np.array([1 + colours.index(s.colour) * len(kinds) + kinds.index(s.kind) for s in video.shapes])
+    looks = np.array([(list(COLOURS).index(s.colour), SHAPES.index(s.kind)) for s in video.shapes])
     boxes = np.array([mask_to_box(m) if m.any() else (0, 0, 0, 0) for m in masks_NHW], np.float32) / np.float32([width, height, width, height])
-    return np.where(covered, looks[best], 0), boxes[best] * covered[:, None].astype(np.float32)
+    return np.where(covered[:, None], looks[best], -1), boxes[best] * covered[:, None].astype(np.float32)
 
 
-def pretrain_vision(model, steps: int, batch: int, lr: float, seed: int) -> list[dict]:
-    """Teaches the vision tower what is where, by a linear head on every visual token; the head is thrown away.
+def pretrain_vision(model, tokenizer, steps: int, batch: int, lr: float, seed: int) -> list[dict]:
+    """Teaches the vision tower to say what is where: a visual token points along the language model's own (frozen) embeddings of
+    the colour and the kind of what it sees, and a linear head, thrown away afterwards, reads the box from it.
 
-    Real policies start from such towers; without it the language model needs far longer to find the picture useful.
+    Real policies start from towers that are aligned with words; without that the language model does not connect a word with the
+    thing that it names for thousands of steps.
     """
+    words = [model.get_input_embeddings().weight.detach()[tokenizer.convert_tokens_to_ids(["Ġ" + w for w in names])] for names in (COLOURS, SHAPES)]
     visual = model.model.visual
-    head = torch.nn.Linear(visual.config.out_hidden_size, 1 + LOOKS + 4)
+    head = torch.nn.Linear(visual.config.out_hidden_size, 5)  # whether there is a shape, and its box
     optimizer = torch.optim.AdamW([*visual.parameters(), *head.parameters()], lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     curve, began = [], time.time()
     for step, (images, looks, boxes) in enumerate(DataLoader(Pictures(batch, steps, seed), batch_size=None, collate_fn=tuple, num_workers=1, prefetch_factor=4), 1):
         pixels, grid = patchify(images, PATCHES)
-        out = head(torch.cat(tuple(model.model.get_image_features(pixels, grid).pooler_output)))
-        looks, boxes = looks.flatten(), boxes.flatten(0, 1)
-        there = looks > 0
-        distance = (out[:, -4:][there] - boxes[there]).abs().mean()
-        loss = torch.nn.functional.cross_entropy(out[:, :-4], looks) + 5.0 * distance
+        seen = torch.cat(tuple(model.model.get_image_features(pixels, grid).pooler_output))
+        looks, boxes = looks.flatten(0, 1), boxes.flatten(0, 1)
+        there = looks[:, 0] >= 0
+        out = head(seen)
+        logits = [WORD_SCALE * seen[there] @ words_ND.T for words_ND in words]
+        distance = (out[:, 1:][there] - boxes[there]).abs().mean()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(out[:, 0], there.float()) + 5.0 * distance
+        loss = loss + sum(torch.nn.functional.cross_entropy(l, looks[there, i]) for i, l in enumerate(logits))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(visual.parameters(), 1.0)
         optimizer.step(), schedule.step(), optimizer.zero_grad()
         if step % 50 == 0:
-            right = (out[:, :-4].argmax(-1) == looks)[there].float().mean()
-            curve.append({"step": step, "look_accuracy": round(right.item(), 3), "box_error": round(distance.item(), 4), "seconds": round(time.time() - began)})
+            right = [round((l.argmax(-1) == looks[there, i]).float().mean().item(), 3) for i, l in enumerate(logits)]
+            curve.append({"step": step, "colour": right[0], "kind": right[1], "box_error": round(distance.item(), 4), "seconds": round(time.time() - began)})
             print("vision", json.dumps(curve[-1]), flush=True)
     return curve
 
@@ -229,15 +254,15 @@ def evaluate(model, tokenizer, stage: Stage, count: int) -> dict[str, float]:
     ious, formed = [], 0
     for start in range(0, count, 50):
         batch = examples[start : start + 50]
-        inputs = collate([Example(e.prompt_ids, e.answer_ids[:0], e.images, e.target_boxes) for e in batch], tokenizer.pad_token_id)
+        inputs = collate([replace(e, answer_ids=e.answer_ids[:0]) for e in batch], tokenizer.pad_token_id, builder.image_pad_id)
         width = inputs["input_ids"].shape[1]
         for row, example in enumerate(batch):  # generation wants the padding on the left
             shift = width - len(example.prompt_ids)
-            for name in ("input_ids", "attention_mask"):
+            for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
                 inputs[name][row] = torch.roll(inputs[name][row], shift)
         del inputs["labels"]
-        token_types = (inputs["input_ids"] == builder.image_pad_id).int()
-        out = model.generate(**inputs, mm_token_type_ids=token_types, do_sample=False, max_new_tokens=110)
+        pixels, grid = patchify([image for example in batch for image in example.images], PATCHES)
+        out = model.generate(**inputs, pixel_values=pixels, image_grid_thw=grid, do_sample=False, max_new_tokens=110)
         for example, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)):
             said = parse_answer(text)
             ious.append(mean_box_iou(said, Target(tuple(PROMPT.target_size), example.target_boxes.tolist())))
@@ -261,9 +286,11 @@ def prepare(args: argparse.Namespace, work: Path) -> None:
     model = build_model(tokenizer, args.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     save_processors(tokenizer, work)
-    vision_curve = pretrain_vision(model, args.vision_steps, 96, 2e-3, args.seed)
+    vision_curve, began = [], time.time()
+    for cycle, lr in enumerate(VISION_CYCLES):
+        vision_curve += pretrain_vision(model, tokenizer, args.vision_steps, 96, lr, args.seed + 1000 * cycle)
     model.save_pretrained(work)
-    save_state(work / "state.pt", {"step": 0, "optimizer": None, "curve": [], "vision_curve": vision_curve, "seconds": vision_curve[-1]["seconds"]})
+    save_state(work / "state.pt", {"step": 0, "optimizer": None, "curve": [], "vision_curve": vision_curve, "seconds": time.time() - began})
 
 
 def save_state(file: Path, state: dict) -> None:
@@ -274,14 +301,12 @@ def save_state(file: Path, state: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--vision-steps", type=int, default=800)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--vision-steps", type=int, default=1500, help="of each cycle")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--eval-every", type=int, default=100)
-    parser.add_argument("--stop-at", type=float, default=1.0, help="stop once held-out box IoU of the last stage reaches this")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -292,38 +317,34 @@ def main() -> None:
     state = torch.load(state_file, weights_only=True)
     tokenizer = AutoTokenizer.from_pretrained(work)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(work)
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98))
+    model.model.visual.requires_grad_(False)  # it has learned its part
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0.02)
     if state["optimizer"] is not None:
         optimizer.load_state_dict(state["optimizer"])
     curve, began = state["curve"], time.time() - state["seconds"]
-    stream = Stream(work, args.batch, args.steps, args.seed, first=state["step"])
+    last = ENDS[-1]
+    stream = Stream(work, args.batch, args.seed, done=state["step"])
     for step, batch in enumerate(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4), state["step"] + 1):
         for group in optimizer.param_groups:  # warm-up, then a half cosine to a tenth
-            group["lr"] = args.lr * min(1.0, step / 100) * (0.55 + 0.45 * math.cos(math.pi * step / args.steps))
-        inputs = collate(batch, tokenizer.pad_token_id)
-        token_types = (inputs["input_ids"] == model.config.image_token_id).int()
-        loss = model(**inputs, mm_token_type_ids=token_types).loss
+            group["lr"] = args.lr * min(1.0, step / 50) * (0.55 + 0.45 * math.cos(math.pi * step / last))
+        loss = model(**collate(batch, tokenizer.pad_token_id, model.config.image_token_id), **images_of(model, batch)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(), optimizer.zero_grad()
         if step % 25 == 0:
-            print(f"step {step}/{args.steps} loss {loss.item():.4f} {time.time() - began:.0f}s", flush=True)
-        if step % args.eval_every and step < args.steps:
+            print(f"step {step}/{last} loss {loss.item():.4f} {time.time() - began:.0f}s", flush=True)
+        if step % args.eval_every and step < last:
             continue
-        stage = next(s for s in STAGES if step <= s.until * args.steps)
+        stage = stage_of(step)
         point = {"step": step, "stage": STAGES.index(stage), "loss": round(loss.item(), 4), "seconds": round(time.time() - began)}
         curve.append(point | evaluate(model, tokenizer, stage, 200))
         print(json.dumps(curve[-1]), flush=True)
         model.save_pretrained(work)
         save_state(state_file, state | {"step": step, "optimizer": optimizer.state_dict(), "curve": curve, "seconds": time.time() - began})
-        if stage is STAGES[-1] and curve[-1]["box_iou"] >= args.stop_at:
-            break
 
     vision_curve = state["vision_curve"]
     state_file.unlink()
-    recipe = {k: v for k, v in vars(args).items() if k != "out"}
+    recipe = {k: v for k, v in vars(args).items() if k != "out"} | {"vision_lr_of_cycles": VISION_CYCLES}
     stages = [asdict(stage) for stage in STAGES]
     (work / "training.json").write_text(json.dumps({"recipe": recipe, "vision_curve": vision_curve, "stages": stages, "curve": curve}, indent=1))
     shutil.rmtree(args.out, ignore_errors=True)
