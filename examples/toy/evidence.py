@@ -77,23 +77,23 @@ def plot(results: dict, file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (start, left, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    figure, (cold, during, after) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     curve = json.loads((POLICY / "training.json").read_text())["curve"]
     for stage in sorted({point["stage"] for point in curve}):
         points = [point for point in curve if point["stage"] == stage]
-        start.plot([p["step"] for p in points], [p["box_iou"] for p in points], marker="o", markersize=3, label=f"stage {stage}")
-    start.set(xlabel="step", ylabel="box IoU, held-out, greedy", title="Cold start (supervised)")
-    start.legend()
+        cold.plot([p["step"] for p in points], [p["box_iou"] for p in points], marker="o", markersize=3, label=f"stage {stage}")
+    cold.set(xlabel="step", ylabel="box IoU, held-out, greedy", title="Cold start (supervised)")
+    cold.legend()
     for name, result in results.items():
-        left.plot(smooth(result["curves"]["iou/box"]), label=name, alpha=0.9 if name.startswith("seed") else 0.6)
-    left.set(xlabel="step", ylabel="box IoU of training samples, mean of 5 steps", title="Reinforcement learning")
-    left.legend()
+        during.plot(smooth(result["curves"]["iou/box"]), label=name, alpha=0.9 if name.startswith("seed") else 0.6)
+    during.set(xlabel="step", ylabel="box IoU of training samples, mean of 5 steps", title="Reinforcement learning")
+    during.legend()
     names = list(results)
     for offset, measure in ((-0.2, "iou/box"), (0.2, "iou/mask")):
-        right.barh([i + offset for i in range(len(names))], [results[n]["gain"][measure] for n in names], 0.35, label=measure)
-    right.set(yticks=range(len(names)), yticklabels=names, xlabel="change, held-out, greedy", title="After training")
-    right.axvline(0, color="black", linewidth=0.8)
-    right.legend()
+        after.barh([i + offset for i in range(len(names))], [results[n]["gain"][measure] for n in names], 0.35, label=measure)
+    after.set(yticks=range(len(names)), yticklabels=names, xlabel="change, held-out, greedy", title="After training")
+    after.axvline(0, color="black", linewidth=0.8)
+    after.legend()
     figure.savefig(file, dpi=110)
 
 
