@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import pickle
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from . import geometry
 from .checkpoint import CheckpointError, check_folder
+from .device import resolve_device
 from .prompts import ObjectPrompt
-
-BOX_CORNER_LABELS = (2, 3)
-"""SAM's prompt encoder takes a box as two labelled points: its upper left and its lower right corner."""
-
-
-@dataclass(frozen=True)
-class FrameEmbedding:
-    """What SAM2 knows of one frame: feature maps of shape (1, C, h, w) from fine to coarse, and the frame's own size."""
-
-    features: tuple[torch.Tensor, ...]
-    frame_hw: tuple[int, int]
+from .sam2_decoding import FrameEmbedding, decode_in_batches
+from .weights import faults
 
 
 class TransformersSam2:
@@ -72,59 +60,22 @@ class TransformersSam2:
 
     @torch.inference_mode()
     def decode(self, embedding: FrameEmbedding, prompts: Sequence[ObjectPrompt]) -> np.ndarray:
-        """One mask a prompt at the frame's own size: bool (N, H, W). Every prompt must have something inside the frame.
-
-        Prompts of one form (box or not, number of points) make one batch of at most `max_prompts_per_batch`. Forms are
-        not mixed: SAM2 attends to padding points too, so a padded prompt would get another mask than the same prompt alone.
-        """
-        masks_NHW = np.zeros((len(prompts), *embedding.frame_hw), dtype=bool)
-        by_form: dict[tuple[bool, int], list[int]] = defaultdict(list)
-        for i, prompt in enumerate(prompts):
-            by_form[prompt.box is not None, len(prompt.points)].append(i)
-        for indices in by_form.values():
-            for start in range(0, len(indices), self.max_prompts_per_batch):
-                chunk = indices[start : start + self.max_prompts_per_batch]
-                masks_NHW[chunk] = self._decode_batch(embedding, [prompts[i] for i in chunk])
-        return masks_NHW
-
-    def _decode_batch(self, embedding: FrameEmbedding, prompts: Sequence[ObjectPrompt]) -> np.ndarray:
+        """One mask a prompt at the frame's own size: bool (N, H, W). Every prompt must have something inside the frame."""
         model = self.model
-        points_NP2, labels_NP = prompt_points(prompts)
-        points_NP2 = geometry.scale_points(points_NP2, embedding.frame_hw, (self.image_size, self.image_size))
-        sparse, dense = model.prompt_encoder(
-            input_points=torch.as_tensor(points_NP2, dtype=torch.float32, device=self.device)[None],
-            input_labels=torch.as_tensor(labels_NP, device=self.device)[None],
-            input_boxes=None,
-            input_masks=None,
-        )
-        logits, _, _, _ = model.mask_decoder(
-            image_embeddings=embedding.features[-1],
-            image_positional_embeddings=model.get_image_wide_positional_embeddings().to(self.dtype),
-            sparse_prompt_embeddings=sparse.to(self.dtype),
-            dense_prompt_embeddings=dense.to(self.dtype),
-            multimask_output=False,
-            high_resolution_features=list(embedding.features[:-1]),
-        )
-        logits = F.interpolate(logits[0].float(), size=embedding.frame_hw, mode="bilinear", align_corners=False)
-        return (logits[:, 0] > 0).cpu().numpy()
 
+        def logits_of(points_NP2: torch.Tensor, labels_NP: torch.Tensor) -> torch.Tensor:
+            sparse, dense = model.prompt_encoder(input_points=points_NP2[None], input_labels=labels_NP[None], input_boxes=None, input_masks=None)
+            logits, _, _, _ = model.mask_decoder(
+                image_embeddings=embedding.features[-1],
+                image_positional_embeddings=model.get_image_wide_positional_embeddings().to(self.dtype),
+                sparse_prompt_embeddings=sparse.to(self.dtype),
+                dense_prompt_embeddings=dense.to(self.dtype),
+                multimask_output=False,
+                high_resolution_features=list(embedding.features[:-1]),
+            )
+            return logits[0]
 
-def prompt_points(prompts: Sequence[ObjectPrompt]) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of one form as SAM2's labelled points: float (N, P, 2) in frame pixels and int64 (N, P), box corners first."""
-    points = [((p.box[:2], p.box[2:]) if p.box is not None else ()) + p.points for p in prompts]
-    labels = [(BOX_CORNER_LABELS if p.box is not None else ()) + p.labels for p in prompts]
-    return np.array(points, dtype=np.float64), np.array(labels, dtype=np.int64)
-
-
-def resolve_device(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
-    """Names of device and dtype with "auto" resolved: CUDA where this process sees a GPU, and bfloat16 on CUDA only."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("segmentation.device is cuda, but this process sees no CUDA GPU; use auto or cpu, or give the replica a GPU")
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
-    return device, dtype
+        return decode_in_batches(prompts, embedding.frame_hw, self.image_size, self.max_prompts_per_batch, self.device, logits_of)
 
 
 def _load_strictly(checkpoint: str):
@@ -150,15 +101,16 @@ def _load_strictly(checkpoint: str):
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"SAM2 checkpoint {checkpoint} cannot be loaded ({reason[:500]})", damaged) from error
-    faults = []
-    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        # A mismatch comes as (key, shape in the file, shape in the model).
-        names = sorted(name if isinstance(name, str) else f"{name[0]} {list(name[1])} for {list(name[2])}" for name in report.get(fault) or ())
-        if names:
-            faults.append(f"{len(names)} {fault.replace('_', ' ')} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
-    if faults:
+    # A mismatch comes as (key, shape in the file, shape in the model).
+    wrong = faults(
+        {
+            fault: sorted(name if isinstance(name, str) else f"{name[0]} {list(name[1])} for {list(name[2])}" for name in report.get(f"{fault}_keys") or ())
+            for fault in ("missing", "unexpected", "mismatched")
+        }
+    )
+    if wrong:
         # Left alone, transformers would fill the gaps with random weights and go on.
-        raise CheckpointError(f"SAM2 checkpoint {checkpoint} does not match its config.json: {'; '.join(faults)}", damaged)
+        raise CheckpointError(f"SAM2 checkpoint {checkpoint} does not match its config.json: {wrong}", damaged)
     return model, processor
 
 

@@ -27,7 +27,8 @@ from rollout.toy_world import WorldConfig, make_video
 from segmentation_service import geometry
 from segmentation_service.masks import mask_iou, mask_to_box, mask_to_point
 from segmentation_service.prompts import ObjectPrompt, clip_prompt
-from segmentation_service.sam2_transformers import TransformersSam2, prompt_points
+from segmentation_service.sam2_decoding import prompt_points
+from segmentation_service.sam2_transformers import TransformersSam2
 from segmentation_service.segmenter import Segmenter
 
 KINDS = {"box": 0.3, "box_point": 0.3, "box_point_negative": 0.3, "point": 0.1}

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from ..checkpoint import CheckpointError
+from ..weights import misfit, read_weights
 from .config import XMemConfig, XMemDims
 from .network import XMem
 
-NAMED_AT_MOST = 3
 STEM = "value_encoder.conv1.weight"
 
 
@@ -26,7 +25,8 @@ def load_xmem(path_or_state_dict: str | Path | Mapping[str, torch.Tensor], confi
     if isinstance(path_or_state_dict, Mapping):
         name, weights = "state dict", dict(path_or_state_dict)
     else:
-        name, weights = f"checkpoint {path_or_state_dict}", _read(Path(path_or_state_dict).expanduser())
+        name = f"checkpoint {path_or_state_dict}"
+        weights = read_weights(path_or_state_dict, "XMem", "give the file of an XMem state dict, such as XMem.pth")
     strange = [key for key, tensor in weights.items() if not isinstance(key, str) or not isinstance(tensor, torch.Tensor)]
     if strange:
         raise CheckpointError(f"XMem {name} holds something other than named tensors (first: {strange[0]!r})", "give the plain state dict of an XMem")
@@ -36,7 +36,12 @@ def load_xmem(path_or_state_dict: str | Path | Mapping[str, torch.Tensor], confi
     dims = config.dims if config is not None and config.dims is not None else read_dims(weights)
     with torch.device("meta"):
         network = XMem(dims)
-    _check(name, weights, {key: tensor.shape for key, tensor in network.state_dict().items()})
+    wrong = misfit(weights, network.state_dict())
+    if wrong:
+        raise CheckpointError(
+            f"XMem {name} does not fit: {wrong}",
+            "give the whole, unchanged state dict of an XMem (a DEVA or Cutie checkpoint is none); restore or re-download the file",
+        )
     network.load_state_dict({key: _own(key, tensor) for key, tensor in weights.items()}, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -69,37 +74,6 @@ def read_dims(weights: Mapping[str, torch.Tensor]) -> XMemDims:
         )
     except ValueError:
         return official
-
-
-def _read(path: Path) -> Mapping[str, torch.Tensor]:
-    remedy = "give the file of an XMem state dict, such as XMem.pth"
-    if not path.is_file():
-        raise CheckpointError(f"XMem checkpoint {path} is a folder" if path.is_dir() else f"XMem checkpoint {path} does not exist", remedy)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"XMem checkpoint {path} cannot be read ({' '.join(str(error).split())[:300]})", "restore or re-download it") from error
-    if not isinstance(weights, Mapping):
-        raise CheckpointError(f"XMem checkpoint {path} holds a {type(weights).__name__}, not a state dict", remedy)
-    return dict(weights)
-
-
-def _check(name: str, weights: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> None:
-    found = {
-        "missing": [key for key in shapes if key not in weights],
-        "unexpected": [key for key in weights if key not in shapes],
-        "mis-shaped": [f"{key} {list(weights[key].shape)} for {list(shapes[key])}" for key in shapes if key in weights and weights[key].shape != shapes[key]],
-    }
-    faults = [f"{len(keys)} {fault} keys ({', '.join(keys[:NAMED_AT_MOST])}{', …' if len(keys) > NAMED_AT_MOST else ''})" for fault, keys in found.items() if keys]
-    if faults:
-        raise CheckpointError(
-            f"XMem {name} does not fit: {'; '.join(faults)}",
-            "give the whole, unchanged state dict of an XMem (a DEVA or Cutie checkpoint is none); restore or re-download the file",
-        )
 
 
 def _own(key: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from segmentation_service.device import resolve_device
 from segmentation_service.masks import decode_rle
-from segmentation_service.sam2_transformers import TransformersSam2, prompt_points, resolve_device
+from segmentation_service.sam2_decoding import prompt_points
+from segmentation_service.sam2_transformers import TransformersSam2
 from segmentation_service.segmenter import ObjectPrompt, Segmenter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
