@@ -40,6 +40,7 @@ def locate(config: RunConfig) -> RunConfig:
         segmentation=replace(
             config.segmentation,
             checkpoint=found["segmentation.checkpoint"],
+            model_config=_file_or_name(config.segmentation.model_config),
             propagation=replace(config.segmentation.propagation, checkpoint=found.get("segmentation.propagation.checkpoint")),
         ),
         data=replace(config.data, train=found["data.train"], evaluation=found["data.evaluation"]),
@@ -62,6 +63,11 @@ def _raise(problems: list[MissingFileError]) -> None:
 
 def _will_generate(config: RunConfig) -> bool:
     return config.data.generate == "toy" and paths.local_path(config.data.train) is None
+
+
+def _file_or_name(given: str | None) -> str | None:
+    """A file, or else a name that means something inside a package."""
+    return given and str(paths.local_path(given) or given)
 
 
 def _look(config: RunConfig) -> tuple[dict[str, str], list[MissingFileError]]:

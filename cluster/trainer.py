@@ -10,7 +10,7 @@ import ray
 
 from learner.grpo import group_advantages
 from learner.policy_check import check_policy
-from segmentation_service.checkpoint import check_folder
+from segmentation_service.checkpoint import check_sam2
 
 from cluster import checkpoints, config_files
 from cluster.checkpoints import Checkpoint
@@ -32,7 +32,7 @@ def train(config: RunConfig, folder: RunFolder, resume: bool = False) -> None:
     located = config_files.locate(config)
     checkpoint = checkpoints.latest(folder.checkpoints)[0] if resume else None
     check_policy(located.policy.path)
-    check_folder(located.segmentation.checkpoint)
+    check_sam2(located.segmentation.checkpoint, located.segmentation.backend, located.segmentation.model_config)
     draws, held_out = Draws.of_run(located)
     for data in (draws, held_out):
         data.check_frames(config.data.check_seconds)

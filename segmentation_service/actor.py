@@ -29,7 +29,7 @@ class SegmenterActor:
         self._error: ValueError | None = None
         try:
             self._segmenter = Segmenter(
-                config.checkpoint, config.backend, config.device, config.dtype, config.max_prompts_per_batch, propagation=config.propagation
+                config.checkpoint, config.backend, config.device, config.dtype, config.max_prompts_per_batch, config.propagation, config.model_config
             )
         except ValueError as error:  # CheckpointError among them
             self._error = error

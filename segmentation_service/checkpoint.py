@@ -1,12 +1,20 @@
-"""The error that a bad SAM2 or XMem checkpoint raises, and a check of a SAM2 folder in milliseconds. Torch-free."""
+"""The error that a bad SAM2 or XMem checkpoint raises, and checks of SAM2 checkpoints in milliseconds. Torch-free."""
 
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 MODEL_TYPES = ("sam2", "sam2_video")
 """Both hold the image model; the published `facebook/sam2.1-hiera-*` are of the second kind, with the video parts besides."""
+
+META_CONFIGS = {
+    f"{version}_hiera_{size}.pt": f"configs/{version}/{version}_hiera_{short}.yaml"
+    for version in ("sam2.1", "sam2")
+    for size, short in (("tiny", "t"), ("small", "s"), ("base_plus", "b+"), ("large", "l"))
+}
+"""The names of the files that Meta published, and where its package keeps their architectures."""
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -30,6 +38,42 @@ def is_hub_id(checkpoint: str) -> bool:
     return not Path(checkpoint).exists() and len(parts) == 2 and all(parts) and not checkpoint.startswith((".", "~"))
 
 
+def check_sam2(checkpoint: str, backend: str = "transformers", model_config: str | None = None) -> None:
+    """Check what can be known of a checkpoint without loading it: `check_folder` or, for the backend `sam2`, `find_meta_config`."""
+    if backend == "sam2":
+        find_meta_config(checkpoint, model_config)
+    else:
+        check_folder(checkpoint)
+
+
+def find_meta_config(checkpoint: str, model_config: str | None = None) -> Path:
+    """The YAML file of the architecture of a checkpoint of Meta's package `sam2`, which must be a file.
+
+    model_config: a file, or the name of one inside the package; None: told by the file name, where that is one that Meta
+    published. Raises CheckpointError where a file or the package is missing, or the architecture is not known.
+    """
+    remedy = "give the file of a SAM2 of Meta's, such as sam2.1_hiera_large.pt, or set segmentation.backend=transformers for folders and hub ids"
+    file = Path(checkpoint).expanduser()
+    if not file.is_file():
+        fault = "is a folder, and the sam2 backend reads files" if file.is_dir() else "does not exist"
+        raise CheckpointError(f"SAM2 checkpoint {checkpoint} {fault}", remedy)
+    spec = find_spec("sam2")
+    package = Path(next(iter(spec.submodule_search_locations))) if spec is not None and spec.submodule_search_locations else None
+    if package is None or not (package / "build_sam.py").is_file():
+        raise CheckpointError(f"SAM2 checkpoint {checkpoint} needs the package sam2, which is not installed", "pip install 'videoseg-r1[sam2]'")
+    if model_config is None and file.name not in META_CONFIGS:
+        raise CheckpointError(
+            f"the name of SAM2 checkpoint {checkpoint} does not tell its architecture",
+            f"name its YAML in model_config, or give the file one of the published names: {', '.join(META_CONFIGS)}",
+        )
+    named = META_CONFIGS[file.name] if model_config is None else model_config
+    for candidate in (Path(named).expanduser(), package / named):
+        if candidate.is_file():
+            return candidate
+    inside = ", ".join(sorted(META_CONFIGS.values()))
+    raise CheckpointError(f"model_config {named} is neither a file nor in the package sam2", f"give a YAML file, or one of the package's: {inside}")
+
+
 def check_folder(checkpoint: str) -> None:
     """Check that a local checkpoint is a SAM2 in Hugging Face layout, without loading it; a hub id passes unchecked.
 
@@ -40,7 +84,7 @@ def check_folder(checkpoint: str) -> None:
     if is_hub_id(checkpoint):
         return
     if folder.is_file():
-        raise CheckpointError(f"SAM2 checkpoint {checkpoint} is a file, and the transformers backend reads folders", remedy)
+        raise CheckpointError(f"SAM2 checkpoint {checkpoint} is a file, and the transformers backend reads folders", f"{remedy}; segmentation.backend=sam2 reads files of Meta's")
     if not folder.is_dir():
         raise CheckpointError(f"SAM2 checkpoint {checkpoint} does not exist", remedy)
     config_file = folder / "config.json"

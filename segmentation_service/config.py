@@ -7,7 +7,7 @@ from typing import Optional
 
 from .xmem.config import XMemConfig
 
-BACKENDS = ("transformers",)
+BACKENDS = ("transformers", "sam2")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 METHODS = ("xmem",)
@@ -46,9 +46,13 @@ class SegmentationConfig:
 
     checkpoint: str = field(
         default="facebook/sam2.1-hiera-large",
-        metadata={"help": "SAM2 weights: a Hugging Face folder or a hub id."},
+        metadata={"help": "SAM2 weights: a Hugging Face folder or a hub id; a .pt file of Meta's for the backend sam2."},
     )
-    backend: str = field(default="transformers", metadata={"help": "Program that runs SAM2.", "choices": BACKENDS})
+    backend: str = field(default="transformers", metadata={"help": "Program that runs SAM2; sam2 is Meta's package.", "choices": BACKENDS})
+    model_config: Optional[str] = field(
+        default=None,
+        metadata={"help": "Architecture of a .pt file: a YAML file, or a name inside the package sam2; null: told by the name of the checkpoint."},
+    )
     device: str = field(default="auto", metadata={"help": "Where a replica runs; auto takes the GPU that it is given.", "choices": DEVICES})
     dtype: str = field(
         default="auto",

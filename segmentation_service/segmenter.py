@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .checkpoint import check_folder
+from .checkpoint import check_sam2
 from .config import BACKENDS, PropagationConfig
 from .masks import encode_rle
 from .prompts import ObjectPrompt, clip_prompt
@@ -52,10 +52,10 @@ class SegmenterStats:
 class Segmenter:
     """Frozen SAM2 for groups of hypotheses about one frame, and frozen XMem for the rest of the video. Not thread-safe.
 
-    checkpoint: a Hugging Face folder or hub id; backend: one of `config.BACKENDS`, or an object that meets `Sam2Backend`
-    (then checkpoint, device, dtype and max_prompts_per_batch do not matter). propagation: settings, whose network is loaded
-    to the backend's device if they name a checkpoint, or a `Propagator`. Raises CheckpointError where a checkpoint is missing,
-    incomplete, or of another architecture.
+    checkpoint: a Hugging Face folder or hub id, or for the backend `sam2` a `.pt` file, whose architecture model_config names;
+    backend: one of `config.BACKENDS`, or an object that meets `Sam2Backend` (then checkpoint, device, dtype, max_prompts_per_batch
+    and model_config do not matter). propagation: settings, whose network is loaded to the backend's device if they name a
+    checkpoint, or a `Propagator`. Raises CheckpointError where a checkpoint is missing, incomplete, or of another architecture.
     """
 
     def __init__(
@@ -66,16 +66,22 @@ class Segmenter:
         dtype: str = "auto",
         max_prompts_per_batch: int = 64,
         propagation: PropagationConfig | Propagator | None = None,
+        model_config: str | None = None,
     ) -> None:
         if not isinstance(backend, str):
             self.backend = backend
-        elif backend == "transformers":
-            check_folder(checkpoint)  # before torch, which takes seconds to import
-            from .sam2_transformers import TransformersSam2
-
-            self.backend = TransformersSam2.load(checkpoint, device, dtype, max_prompts_per_batch)
-        else:
+        elif backend not in BACKENDS:
             raise ValueError(f"segmentation.backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        else:
+            check_sam2(checkpoint, backend, model_config)  # before torch, which takes seconds to import
+            if backend == "transformers":
+                from .sam2_transformers import TransformersSam2
+
+                self.backend = TransformersSam2.load(checkpoint, device, dtype, max_prompts_per_batch)
+            else:
+                from .sam2_meta import MetaSam2
+
+                self.backend = MetaSam2.load(checkpoint, model_config, device, dtype, max_prompts_per_batch)
         if isinstance(propagation, PropagationConfig) and propagation.checkpoint is not None:
             from .propagation import Propagator
 

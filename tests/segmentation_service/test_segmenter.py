@@ -176,5 +176,5 @@ def test_bad_frames_are_named(fresh, bad, message):
 def test_prompts_of_another_type_are_refused(fresh, frame):
     with pytest.raises(TypeError, match="list.*28, 18"):
         fresh.segment_frame(frame, [[[28, 18, 71, 46]]])
-    with pytest.raises(ValueError, match="segmentation.backend must be one of transformers; got 'sam'"):
+    with pytest.raises(ValueError, match="segmentation.backend must be one of transformers, sam2; got 'sam'"):
         Segmenter("x", backend="sam")
