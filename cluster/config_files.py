@@ -34,6 +34,7 @@ def locate(config: RunConfig) -> RunConfig:
     """
     found, problems = _look(config)
     _raise(problems)
+    propagation = config.segmentation.propagation
     return replace(
         config,
         policy=replace(config.policy, path=found["policy.path"]),
@@ -41,7 +42,9 @@ def locate(config: RunConfig) -> RunConfig:
             config.segmentation,
             checkpoint=found["segmentation.checkpoint"],
             model_config=_file_or_name(config.segmentation.model_config),
-            propagation=replace(config.segmentation.propagation, checkpoint=found.get("segmentation.propagation.checkpoint")),
+            propagation=replace(
+                propagation, checkpoint=found.get("segmentation.propagation.checkpoint"), model_config=_file_or_name(propagation.model_config)
+            ),
         ),
         data=replace(config.data, train=found["data.train"], evaluation=found["data.evaluation"]),
     )
@@ -78,8 +81,9 @@ def _look(config: RunConfig) -> tuple[dict[str, str], list[MissingFileError]]:
         ("data.train", config.data.train, False),
         ("data.evaluation", config.data.evaluation, False),
     ]
-    if config.segmentation.propagation.checkpoint is not None:
-        wanted.append(("segmentation.propagation.checkpoint", config.segmentation.propagation.checkpoint, False))
+    propagation = config.segmentation.propagation
+    if propagation.checkpoint is not None:
+        wanted.append(("segmentation.propagation.checkpoint", propagation.checkpoint, propagation.method == "sam2"))
     found, problems = {}, []
     for key, given, allow_hub in wanted:
         try:

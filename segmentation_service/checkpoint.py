@@ -6,8 +6,11 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-MODEL_TYPES = ("sam2", "sam2_video")
+VIDEO_TYPE = "sam2_video"
+MODEL_TYPES = ("sam2", VIDEO_TYPE)
 """Both hold the image model; the published `facebook/sam2.1-hiera-*` are of the second kind, with the video parts besides."""
+
+SAM2_FOLDER = "give a folder with a Hugging Face SAM2, or a hub id such as facebook/sam2.1-hiera-large"
 
 META_CONFIGS = {
     f"{version}_hiera_{size}.pt": f"configs/{version}/{version}_hiera_{short}.yaml"
@@ -74,17 +77,20 @@ def find_meta_config(checkpoint: str, model_config: str | None = None) -> Path:
     raise CheckpointError(f"model_config {named} is neither a file nor in the package sam2", f"give a YAML file, or one of the package's: {inside}")
 
 
-def check_folder(checkpoint: str) -> None:
+def check_folder(checkpoint: str, video: bool = False) -> None:
     """Check that a local checkpoint is a SAM2 in Hugging Face layout, without loading it; a hub id passes unchecked.
 
-    Raises CheckpointError where the folder or one of its files is missing, or it holds another architecture.
+    Raises CheckpointError where the folder or one of its files is missing, or it holds another architecture; with video also
+    where it holds an image model alone.
     """
-    remedy = "give a folder with a Hugging Face SAM2, or a hub id such as facebook/sam2.1-hiera-large"
+    remedy = SAM2_FOLDER
     folder = Path(checkpoint).expanduser()
     if is_hub_id(checkpoint):
         return
     if folder.is_file():
-        raise CheckpointError(f"SAM2 checkpoint {checkpoint} is a file, and the transformers backend reads folders", f"{remedy}; segmentation.backend=sam2 reads files of Meta's")
+        raise CheckpointError(
+            f"SAM2 checkpoint {checkpoint} is a file, and the transformers backend reads folders", f"{remedy}; segmentation.backend=sam2 reads files of Meta's"
+        )
     if not folder.is_dir():
         raise CheckpointError(f"SAM2 checkpoint {checkpoint} does not exist", remedy)
     config_file = folder / "config.json"
@@ -95,8 +101,18 @@ def check_folder(checkpoint: str) -> None:
         raise CheckpointError(f"SAM2 checkpoint {checkpoint} has no config.json", remedy) from None
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{config_file} is not a JSON object ({error})", "restore or re-download the checkpoint") from error
-    if model_type not in MODEL_TYPES:
-        raise CheckpointError(f"checkpoint {checkpoint} is a {model_type!r} model, not SAM2", remedy)
+    check_model_type(checkpoint, model_type, video)
     for kind, names in (("weights", WEIGHTS), ("preprocessor configuration", PROCESSORS)):
         if not any((folder / name).is_file() for name in names):
             raise CheckpointError(f"SAM2 checkpoint {checkpoint} has no {kind} ({' or '.join(names[:2])})", "restore or re-download the checkpoint")
+
+
+def check_model_type(checkpoint: str, model_type: str | None, video: bool = False) -> None:
+    """Raises CheckpointError where the `model_type` of a `config.json` is not SAM2's, or with video, not that of its video model."""
+    if model_type not in MODEL_TYPES:
+        raise CheckpointError(f"checkpoint {checkpoint} is a {model_type!r} model, not SAM2", SAM2_FOLDER)
+    if video and model_type != VIDEO_TYPE:
+        raise CheckpointError(
+            f"SAM2 checkpoint {checkpoint} is a {model_type!r} model, which has no memory and cannot carry masks through a video",
+            f"give one of model_type {VIDEO_TYPE!r}, such as facebook/sam2.1-hiera-large",
+        )

@@ -10,7 +10,7 @@ from .xmem.config import XMemConfig
 BACKENDS = ("transformers", "sam2")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-METHODS = ("xmem",)
+METHODS = ("xmem", "sam2", "cutie")
 PRECISIONS = ("float32", "float16", "bfloat16")
 
 
@@ -20,11 +20,20 @@ class PropagationConfig:
 
     method: str = field(default="xmem", metadata={"help": "Program that carries masks through a video.", "choices": METHODS})
     checkpoint: Optional[str] = field(
-        default=None, metadata={"help": "Its weights: the file of an XMem of any dimensions, such as XMem.pth; null: masks are not propagated."}
+        default=None,
+        metadata={
+            "help": "Its weights: the file of an XMem of any dimensions, such as XMem.pth, or of a Cutie; for sam2 a folder or hub id of a SAM2 "
+            "for videos, such as facebook/sam2.1-hiera-large, or a .pt file of Meta's. null: masks are not propagated."
+        },
     )
+    model_config: Optional[str] = field(default=None, metadata={"help": "Architecture of a SAM2's .pt file; as segmentation.model_config."})
     size: int = field(
         default=480,
-        metadata={"help": "Short side to which frames are brought, larger or smaller; 0: they keep their size. Masks come back at the frames' own.", "min": 0},
+        metadata={
+            "help": "Short side to which frames are brought, larger or smaller; 0: they keep their size; sam2 has a size of its own. "
+            "Masks come back at the frames' own.",
+            "min": 0,
+        },
     )
     dtype: str = field(
         default="float32",

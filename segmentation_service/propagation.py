@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,10 +13,14 @@ import torch.nn.functional as F
 from .config import METHODS, PRECISIONS, PropagationConfig
 from .masks import decode_rle, encode_rle
 from .video import Video, VideoError, check_frame_number, read_frame
-from .xmem import XMem, XMemGroupTracker, load_xmem
+from .xmem import XMem
 
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, of RGB in [0, 1]: what XMem's encoders were trained with."""
+WEIGHTS = {
+    "xmem": "the file of an XMem, such as XMem.pth",
+    "sam2": "a SAM2 for videos, such as facebook/sam2.1-hiera-large or sam2.1_hiera_large.pt",
+    "cutie": "the file of a Cutie, such as cutie-base-mega.pth",
+}
+"""What `checkpoint` must name for each method."""
 
 Hypothesis = np.ndarray | Sequence[dict]
 """Masks of the objects of one answer: bool (N, H, W), or N run-length masks. N may be 0."""
@@ -24,32 +29,54 @@ Progress = Callable[[int, int], None]
 """Called with (frames done, frames to do) after every frame that the tracker has seen; the target frame does not count."""
 
 
+class Tracker(Protocol):
+    """One direction through one video, for several sets of objects."""
+
+    def step(self, frame_HW3: np.ndarray, end: bool = False) -> list[torch.Tensor]:
+        """Scores (1 + M, h, w) of each set on the next frame, of any size; a pixel belongs to the largest, the first being the
+        background. end: no frame follows, so nothing need be remembered."""
+
+
+class Method(Protocol):
+    """A frozen network that carries masks; what tracks a video belongs to the video."""
+
+    def start(self, frame_HW3: np.ndarray, masks: list[np.ndarray]) -> Tracker:
+        """A tracker that has seen the first frame with the masks of each set, bool (M, H, W): at least one set, and no empty mask."""
+
+
 class Propagator:
-    """XMem for groups of hypotheses about one video. Not thread-safe.
+    """Groups of hypotheses about one video, whatever the method. Not thread-safe.
 
     A hypothesis is taken as a set of masks: the order in which it names its objects does not matter, an object named twice
     is one, and an object with an empty mask is nowhere in the video. Equal sets are tracked once, an empty one not at all.
     Objects of one hypothesis compete for pixels on all frames but the target frame, whose masks are returned as given.
 
-    network: on the device on which to run; all calls share its prepared form.
+    method: what carries the masks; an XMem is taken as it is, on the device on which to run.
     """
 
-    def __init__(self, network: XMem, config: PropagationConfig | None = None) -> None:
-        self.config = config or PropagationConfig()
-        if self.config.method not in METHODS:
-            raise ValueError(f"segmentation.propagation.method must be one of {', '.join(METHODS)}; got {self.config.method!r}")
-        if self.config.dtype not in PRECISIONS:
-            raise ValueError(f"segmentation.propagation.dtype must be one of {', '.join(PRECISIONS)}; got {self.config.dtype!r}")
-        self.network = network.for_inference()
-        self.device = next(self.network.parameters()).device
-        self.mean_311, self.deviation_311 = (torch.tensor(values, device=self.device)[:, None, None] for values in (MEAN, DEVIATION))
+    def __init__(self, method: Method | XMem, config: PropagationConfig | None = None) -> None:
+        self.config = _checked(config or PropagationConfig())
+        if isinstance(method, XMem):
+            from .propagation_xmem import XMemMethod
+
+            method = XMemMethod(method, self.config)
+        self.method = method
 
     @classmethod
     def load(cls, config: PropagationConfig, device: str | torch.device = "cpu") -> Propagator:
         """With the weights of `config.checkpoint`. Raises CheckpointError where they cannot be used, ValueError where none are named."""
+        _checked(config)
         if config.checkpoint is None:
-            raise ValueError("segmentation.propagation.checkpoint is null; set it to the file of an XMem, such as XMem.pth")
-        return cls(load_xmem(config.checkpoint, config.xmem).to(device), config)
+            raise ValueError(f"segmentation.propagation.checkpoint is null; set it to {WEIGHTS[config.method]}")
+        if config.method == "xmem":
+            from .propagation_xmem import XMemMethod as chosen
+        elif config.method == "cutie":
+            from .propagation_cutie import CutieMethod as chosen
+        elif config.checkpoint.endswith(".pt"):
+            from .propagation_sam2_meta import MetaSam2Method as chosen
+        else:
+            from .propagation_sam2 import Sam2Method as chosen
+        return cls(chosen.load(config, device), config)
 
     def propagate(
         self,
@@ -134,51 +161,18 @@ class Propagator:
             for step, last in ends:
                 for frame, probs in self._track(job, masks, step, last):
                     if frame in job.wanted:
-                        yield from ((frame, s, self._to_masks(p, job.hw)) for s, p in zip(sets, probs))
+                        yield from ((frame, s, _to_masks(p, job.hw)) for s, p in zip(sets, probs))
                     done += 1
                     if progress is not None:
                         progress(done, total)
 
     def _track(self, job: _Job, masks: list[np.ndarray], step: int, last: int) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        """(frame, probabilities (1 + M, h, w) of each set) from the target frame's neighbour to `last`, if that lies in the direction of `step`."""
+        """(frame, scores (1 + M, h, w) of each set) from the target frame's neighbour to `last`, if that lies in the direction of `step`."""
         if step * (last - job.target) <= 0:
             return
-        tracker = XMemGroupTracker(self.network, self.config.xmem)
-        image_3hw = self._to_image(job.target_HW3)
-        self._step(tracker, image_3hw, [self._to_input(masks_MHW, image_3hw.shape[1:]) for masks_MHW in masks])
+        tracker = self.method.start(job.target_HW3, masks)
         for t in range(job.target + step, last + step, step):
-            yield t, self._step(tracker, self._to_image(job.read(t)), end=t == last)
-
-    def _step(self, tracker: XMemGroupTracker, image_3hw: torch.Tensor, masks: list[torch.Tensor] | None = None, end: bool = False) -> list[torch.Tensor]:
-        # Here and not round the loop: a generator's caller would run under it too.
-        with torch.autocast(self.device.type, getattr(torch, self.config.dtype), enabled=self.config.dtype != "float32"):
-            return tracker.step(image_3hw, masks, end=end)
-
-    def _to_image(self, frame_HW3: np.ndarray) -> torch.Tensor:
-        """Normalised (3, h, w), its short side brought to `size`, bilinear and not antialiased as in the published evaluation."""
-        # Frames out of Ray's object store are read-only, which torch warns of.
-        pixels_3HW = torch.from_numpy(np.require(frame_HW3, requirements="CW")).to(self.device).permute(2, 0, 1)
-        image_3HW = (pixels_3HW.float() / 255 - self.mean_311) / self.deviation_311
-        hw = resized(frame_HW3.shape[:2], self.config.size)
-        return image_3HW if hw == frame_HW3.shape[:2] else F.interpolate(image_3HW[None], hw, mode="bilinear", align_corners=False)[0]
-
-    def _to_input(self, masks_MHW: np.ndarray, hw: Sequence[int]) -> torch.Tensor:
-        masks = torch.from_numpy(masks_MHW).to(self.device).float()
-        if masks.shape[1:] == hw:
-            return masks
-        small = F.interpolate(masks[None], tuple(hw), mode="nearest")[0]
-        # Nearest, as published, steps over objects smaller than its stride; nothing would then be tracked in their place.
-        lost = ~small.flatten(1).any(1)
-        if lost.any():
-            small[lost] = F.adaptive_max_pool2d(masks[lost], tuple(hw))
-        return small
-
-    def _to_masks(self, probs_Nhw: torch.Tensor, hw: tuple[int, int]) -> np.ndarray:
-        """bool (M, H, W), no two of which overlap. Probabilities are resized and then compared, so that edges stay smooth."""
-        if tuple(probs_Nhw.shape[1:]) != hw:
-            probs_Nhw = F.interpolate(probs_Nhw[None], hw, mode="bilinear", align_corners=False)[0]
-        index_HW = probs_Nhw.argmax(0).cpu().numpy()
-        return index_HW == np.arange(1, len(probs_Nhw))[:, None, None]
+            yield t, tracker.step(job.read(t), end=t == last)
 
 
 @dataclass(frozen=True)
@@ -225,13 +219,20 @@ class _Job:
         return passes
 
 
-def resized(hw: tuple[int, int], size: int) -> tuple[int, int]:
-    """Height and width with the short side brought to `size`, and the other in proportion, rounded down; unchanged where `size` is 0."""
-    if not size:
-        return hw
-    short, long = min(hw), max(hw)
-    other = size * long // short
-    return (size, other) if hw[0] == short else (other, size)
+def _checked(config: PropagationConfig) -> PropagationConfig:
+    for name, choices in (("method", METHODS), ("dtype", PRECISIONS)):
+        value = getattr(config, name)
+        if value not in choices:
+            raise ValueError(f"segmentation.propagation.{name} must be one of {', '.join(choices)}; got {value!r}")
+    return config
+
+
+def _to_masks(scores_Nhw: torch.Tensor, hw: tuple[int, int]) -> np.ndarray:
+    """bool (M, H, W), no two of which overlap. Scores are resized and then compared, so that edges stay smooth."""
+    if tuple(scores_Nhw.shape[1:]) != hw:
+        scores_Nhw = F.interpolate(scores_Nhw[None], hw, mode="bilinear", align_corners=False)[0]
+    index_HW = scores_Nhw.argmax(0).cpu().numpy()
+    return index_HW == np.arange(1, len(scores_Nhw))[:, None, None]
 
 
 def _masks_of(hypothesis: Hypothesis, g: int, target: int, hw: tuple[int, int]) -> Iterator[np.ndarray]:

@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from .checkpoint import CheckpointError, find_meta_config
 from .device import autocast, resolve_device
 from .prompts import ObjectPrompt
+from .resizing import normalised, to_pixels
 from .sam2_decoding import FrameEmbedding, decode_in_batches
 from .weights import misfit, read_weights
-
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, of RGB in [0, 1]: what SAM2's encoder was trained with."""
 
 STABLE_SINGLE_MASKS = dict(dynamic_multimask_via_stability=True, dynamic_multimask_stability_delta=0.05, dynamic_multimask_stability_thresh=0.98)
 """What `sam2.build_sam` adds to every configuration: an unstable single mask gives way to the best of the three others."""
@@ -76,11 +74,8 @@ class MetaSam2:
 
 def to_square(frame_HW3: np.ndarray, size: int, device: torch.device) -> torch.Tensor:
     """A frame as SAM2 sees it: normalised float32 (1, 3, size, size)."""
-    # Frames out of Ray's object store are read-only, which torch warns of.
-    pixels_13HW = torch.from_numpy(np.require(frame_HW3, requirements="CW")).to(device).permute(2, 0, 1)[None].float() / 255
-    square = F.interpolate(pixels_13HW, (size, size), mode="bilinear", align_corners=False, antialias=True)
-    mean, deviation = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, DEVIATION))
-    return (square - mean) / deviation
+    pixels_13HW = to_pixels(frame_HW3, device)[None]
+    return normalised(F.interpolate(pixels_13HW, (size, size), mode="bilinear", align_corners=False, antialias=True))
 
 
 def load_model(checkpoint: str, model_config: str | None = None):

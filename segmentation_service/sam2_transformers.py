@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .checkpoint import CheckpointError, check_folder
+from .checkpoint import CheckpointError, check_folder, check_model_type
 from .device import resolve_device
 from .prompts import ObjectPrompt
 from .sam2_decoding import FrameEmbedding, decode_in_batches
@@ -47,15 +47,13 @@ class TransformersSam2:
     def load(cls, checkpoint: str, device: str = "auto", dtype: str = "auto", max_prompts_per_batch: int = 64) -> TransformersSam2:
         """Load a folder or hub id. Raises CheckpointError unless every weight is there, fits, and has a place."""
         device, dtype = resolve_device(device, dtype)
-        model, processor = _load_strictly(checkpoint)
+        model, processor = load_strictly(checkpoint)
         return cls(model, processor, device, getattr(torch, dtype), max_prompts_per_batch)
 
     @torch.inference_mode()
     def encode(self, frame_HW3: np.ndarray) -> FrameEmbedding:
         """Encode one RGB frame, uint8 (H, W, 3) of any size (SAM2 stretches it to its own square)."""
-        frame_HW3 = np.require(frame_HW3, requirements="CW")  # frames out of Ray's object store are read-only, which torch warns of
-        pixels = self.image_processor(images=frame_HW3, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
-        features = self.model.get_image_embeddings(pixels.to(self.device, self.dtype))
+        features = self.model.get_image_embeddings(processed(self.image_processor, frame_HW3).to(self.device, self.dtype))
         return FrameEmbedding(tuple(features), frame_HW3.shape[:2])
 
     @torch.inference_mode()
@@ -78,24 +76,28 @@ class TransformersSam2:
         return decode_in_batches(prompts, embedding.frame_hw, self.image_size, self.max_prompts_per_batch, self.device, logits_of)
 
 
-def _load_strictly(checkpoint: str):
-    """(Sam2Model in float32, image processor) of a folder or hub id, or CheckpointError."""
-    check_folder(checkpoint)
+def processed(image_processor, frame_HW3: np.ndarray) -> torch.Tensor:
+    """A frame as SAM2 sees it: normalised float32 (1, 3, size, size)."""
+    frame_HW3 = np.require(frame_HW3, requirements="CW")  # frames out of Ray's object store are read-only, which torch warns of
+    return image_processor(images=frame_HW3, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+
+
+def load_strictly(checkpoint: str, video: bool = False):
+    """(`Sam2Model`, or with video `Sam2VideoModel`, in float32; image processor) of a folder or hub id, or CheckpointError."""
+    check_folder(checkpoint, video)
     from safetensors import SafetensorError
-    from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model
+    from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model, Sam2VideoModel
 
     path = str(Path(checkpoint).expanduser()) if Path(checkpoint).expanduser().is_dir() else checkpoint
     damaged = "restore or re-download the checkpoint"
     try:
         values, _ = Sam2Config.get_config_dict(path)
-        if values.get("model_type") not in ("sam2", "sam2_video"):
-            raise CheckpointError(f"checkpoint {checkpoint} is a {values.get('model_type')!r} model, not SAM2", "give a SAM2 checkpoint")
-        # A video checkpoint's configuration holds the image model's under the same names.
-        config = Sam2Config(**{k: values[k] for k in ("vision_config", "prompt_encoder_config", "mask_decoder_config") if k in values})
+        check_model_type(checkpoint, values.get("model_type"), video)
+        model_class, config = (Sam2VideoModel, _video_config(values)) if video else (Sam2Model, _image_config(values))
         processor = Sam2ImageProcessor.from_pretrained(path)
         with _quiet_transformers():
             # Wrong shapes are let through here, to be reported below by name.
-            model, report = Sam2Model.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+            model, report = model_class.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
     except CheckpointError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
@@ -112,6 +114,21 @@ def _load_strictly(checkpoint: str):
         # Left alone, transformers would fill the gaps with random weights and go on.
         raise CheckpointError(f"SAM2 checkpoint {checkpoint} does not match its config.json: {wrong}", damaged)
     return model, processor
+
+
+def _image_config(values: dict):
+    """The configuration of the image model; a video checkpoint's holds it under the same names."""
+    from transformers import Sam2Config
+
+    return Sam2Config(**{k: values[k] for k in ("vision_config", "prompt_encoder_config", "mask_decoder_config") if k in values})
+
+
+def _video_config(values: dict):
+    from transformers import Sam2VideoConfig
+    from transformers.models.sam2_video import Sam2VideoMaskDecoderConfig
+
+    # As an object: transformers 5.19 makes a prompt encoder's configuration of a dictionary here.
+    return Sam2VideoConfig.from_dict({**values, "mask_decoder_config": Sam2VideoMaskDecoderConfig(**values.get("mask_decoder_config") or {})})
 
 
 @contextmanager

@@ -125,7 +125,7 @@ class Segmenter:
         without propagation.
         """
         if self.propagator is None:
-            raise ValueError("this segmenter does not propagate masks; set segmentation.propagation.checkpoint to the file of an XMem, such as XMem.pth")
+            raise ValueError("this segmenter does not propagate masks; set segmentation.propagation.checkpoint to weights of the method, such as XMem.pth")
         start = time.perf_counter()
 
         def count(done: int, total: int) -> None:

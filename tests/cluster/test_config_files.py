@@ -60,6 +60,20 @@ def test_weights_for_propagation_are_looked_for_where_they_are_named(tmp_path):
     (tmp_path / "xmem.pth").unlink()
     with pytest.raises(MissingFileError, match="segmentation.propagation.checkpoint = .*xmem.pth"):
         config_files.locate(c)
+    for split in ("x/toy/train", "x/toy/valid_u"):
+        (tmp_path / split).mkdir(parents=True)
+    hub = files_config(tmp_path / "x", "segmentation.propagation.method=sam2", "segmentation.propagation.checkpoint=facebook/sam2.1-hiera-large")
+    assert config_files.locate(hub).segmentation.propagation.checkpoint == "facebook/sam2.1-hiera-large"
+
+
+def test_an_architecture_is_a_file_or_a_name(tmp_path, monkeypatch):
+    for split in ("train", "valid_u"):
+        (tmp_path / "toy" / split).mkdir(parents=True)
+    (tmp_path / "own.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    named = "configs/sam2.1/sam2.1_hiera_l.yaml"
+    located = config_files.locate(files_config(tmp_path, f"segmentation.model_config={named}", "segmentation.propagation.model_config=own.yaml"))
+    assert (located.segmentation.model_config, located.segmentation.propagation.model_config) == (named, "own.yaml")
 
 
 def test_missing_data_is_generated_once(tmp_path, monkeypatch):

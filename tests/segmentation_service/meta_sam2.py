@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
+from sam2.modeling.memory_encoder import CXBlock
 from sam2.modeling.sam.mask_decoder import MaskDecoder
 from sam2.modeling.sam.transformer import TwoWayTransformer
 from sam2.modeling.sam2_base import SAM2Base
@@ -73,6 +74,14 @@ class NarrowSam2(SAM2Base):
         )
 
 
+class NarrowBlock(CXBlock):
+    """As above, for the memory encoder's layers."""
+
+    def __init__(self, inner, **others):
+        super().__init__(**others)
+        self.pwconv1, self.pwconv2 = torch.nn.Linear(others["dim"], inner), torch.nn.Linear(inner, others["dim"])
+
+
 def meta_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     found = {}
     for key, tensor in weights.items():
@@ -139,10 +148,11 @@ def meta_config(config, video: bool) -> dict:
             fuser=dict(
                 _target_=f"{modules}.memory_encoder.Fuser",
                 num_layers=2,
-                layer=dict(_target_=f"{modules}.memory_encoder.CXBlock", dim=width, kernel_size=7, padding=3, layer_scale_init_value=1e-6),
+                layer=dict(_target_="meta_sam2.NarrowBlock", dim=width, inner=config.memory_fuser_intermediate_dim, kernel_size=7, padding=3),
             ),
         ),
         num_maskmem=config.num_maskmem,
+        max_obj_ptrs_in_encoder=config.max_object_pointers_in_encoder,
     ) if video else dict(memory_attention=None, memory_encoder=None, num_maskmem=0)
     return dict(
         _target_="meta_sam2.NarrowSam2",

@@ -1,22 +1,17 @@
 """Masks of many hypotheses through a video: equal to each alone, in both directions, reading no more frames than are needed."""
 
-import sys
-import weakref
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.append(str(Path(__file__).parent / "xmem"))  # tiny_xmem.py, xmem_recipe.py
-
-import xmem_recipe as recipe
-from segmentation_service import propagation
+from propagating import FRAMES, HEIGHT, TARGET, WIDTH, CountingVideo, all_nearly_equal, collect, make_clip, objects_of, recipe
+from segmentation_service import propagation_xmem
 from segmentation_service.checkpoint import CheckpointError
 from segmentation_service.config import PropagationConfig
 from segmentation_service.masks import decode_rle, encode_rle
-from segmentation_service.propagation import Propagator, resized
+from segmentation_service.propagation import Propagator
+from segmentation_service.resizing import resized, to_input_masks
 from segmentation_service.segmenter import Segmenter
 from segmentation_service.video import FramesInMemory, ImageFolder, VideoError
 from segmentation_service.xmem import XMemConfig, XMemGroupTracker, XMemTracker, load_xmem
@@ -24,34 +19,12 @@ from tiny_xmem import tiny_state_dict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FRAMES, HEIGHT, WIDTH, TARGET = 10, 44, 60, 4
 MEMORY = dict(mem_every=2, max_mid_term_frames=4, min_mid_term_frames=2, num_prototypes=9, max_long_term_elements=30)
-
-
-class CountingVideo:
-    """Notes which frames were read, and how many of them were alive at a time."""
-
-    def __init__(self, frames):
-        self.frames, self.read, self.alive, self.most_alive = frames, [], 0, 0
-
-    def __len__(self):
-        return len(self.frames)
-
-    def frame(self, i):
-        frame_HW3 = self.frames[i].copy()
-        self.read.append(i)
-        self.alive += 1
-        self.most_alive = max(self.most_alive, self.alive)
-        weakref.finalize(frame_HW3, self._freed)
-        return frame_HW3
-
-    def _freed(self):
-        self.alive -= 1
 
 
 @pytest.fixture(scope="module")
 def clip():
-    return recipe.video(FRAMES, HEIGHT, WIDTH, 3, 9)
+    return make_clip()
 
 
 @pytest.fixture
@@ -61,8 +34,7 @@ def video(clip):
 
 @pytest.fixture(scope="module")
 def objects(clip):
-    """True masks (3, H, W) on the target frame."""
-    return clip[1][TARGET] == np.arange(1, 4)[:, None, None]
+    return objects_of(clip)
 
 
 @pytest.fixture(scope="module")
@@ -90,21 +62,12 @@ def trackers(monkeypatch):
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(propagation, "XMemGroupTracker", Tracker)
+    monkeypatch.setattr(propagation_xmem, "XMemGroupTracker", Tracker)
     return made
 
 
 def config(**changes):
     return PropagationConfig(**{"size": 0, "xmem": XMemConfig(**MEMORY), **changes})
-
-
-def collect(propagator, video, hypotheses, frames=None, target=TARGET, progress=None):
-    """hypothesis -> {frame: masks}; each pair must come once."""
-    found = [{} for _ in hypotheses]
-    for frame, g, masks_NHW in propagator.propagate(video, target, hypotheses, frames, progress):
-        assert frame not in found[g] and masks_NHW.dtype == bool and masks_NHW.shape == (len(hypotheses[g]), HEIGHT, WIDTH)
-        found[g][frame] = masks_NHW
-    return found
 
 
 def plain_loop(network, frames, masks_NHW, size=0):
@@ -120,15 +83,6 @@ def plain_loop(network, frames, masks_NHW, size=0):
             index_HW = probs.argmax(0).numpy()
             found[i] = np.stack([index_HW == n for n in range(1, len(masks_NHW) + 1)])
     return found
-
-
-def nearly_equal(a, b):
-    # Objects add up in another order in another hypothesis, which can decide a tie.
-    return a.shape == b.shape and np.mean(a != b) < 1e-3
-
-
-def all_nearly_equal(a, b):
-    return a.keys() == b.keys() and all(nearly_equal(a[t], b[t]) for t in a)
 
 
 @pytest.mark.parametrize("size", [0, 32, 64])
@@ -241,12 +195,14 @@ def test_a_target_frame_at_the_end(propagator, network, clip, trackers, target, 
     assert all_nearly_equal(found, expected) and len(trackers) == 1
 
 
-def test_an_object_lost_by_resizing_is_kept(network, clip):
+@pytest.mark.parametrize("smooth", [False, True])
+def test_an_object_lost_by_resizing_is_kept(smooth):
     speck = np.zeros((2, HEIGHT, WIDTH), dtype=bool)
     speck[0, 21, 31] = speck[1, 2:30, 5:40] = True
-    small = Propagator(network, config(size=11))._to_input(speck, (11, 15))
+    small = to_input_masks(speck, (11, 15), torch.device("cpu"), smooth)
     assert small[0].sum() == 1 and small[0, 5, 7] == 1
-    assert torch.equal(small[1], F.interpolate(torch.from_numpy(speck[1:])[None].float(), (11, 15))[0, 0])
+    mode = dict(mode="bilinear", antialias=True) if smooth else dict(mode="nearest")
+    assert torch.equal(small[1], (F.interpolate(torch.from_numpy(speck[1:])[None].float(), (11, 15), **mode)[0, 0] >= 0.5).float())
 
 
 def test_sizes():
@@ -352,12 +308,13 @@ def test_a_source_that_fails_names_the_frame(propagator, clip, objects):
 
 
 def test_settings_are_checked(network):
-    with pytest.raises(ValueError, match="segmentation.propagation.method must be one of xmem; got 'sam3'"):
+    with pytest.raises(ValueError, match="segmentation.propagation.method must be one of xmem, sam2, cutie; got 'sam3'"):
         Propagator(network, config(method="sam3"))
     with pytest.raises(ValueError, match="segmentation.propagation.dtype must be one of float32"):
         Propagator(network, config(dtype="int8"))
-    with pytest.raises(ValueError, match="segmentation.propagation.checkpoint is null"):
-        Propagator.load(config())
+    for method, named in {"xmem": "XMem.pth", "sam2": "facebook/sam2.1-hiera-large", "cutie": "cutie-base-mega.pth"}.items():
+        with pytest.raises(ValueError, match=f"segmentation.propagation.checkpoint is null; set it to .*{named}"):
+            Propagator.load(config(method=method))
 
 
 def test_segmenter(tmp_path, weights, propagator, video, objects):
@@ -367,10 +324,10 @@ def test_segmenter(tmp_path, weights, propagator, video, objects):
     torch.save(weights, tmp_path / "tiny.pth")
     segmenter = Segmenter("", NoSam2(), propagation=config(checkpoint=str(tmp_path / "tiny.pth")))
     hypotheses = [objects[:2], [encode_rle(objects[2])], []]
-    prepared = segmenter.propagator.network
+    prepared = segmenter.propagator.method.network
     found = segmenter.propagate_group(video, TARGET, hypotheses, [2, 5])
     assert found == propagator.propagate_rle(video, TARGET, hypotheses, [2, 5]) == segmenter.propagate_group(video, TARGET, hypotheses, (5, 2))
-    assert segmenter.propagator.network is prepared and prepared.folded, "calls share one prepared network"
+    assert segmenter.propagator.method.network is prepared and prepared.folded, "calls share one prepared network"
     assert segmenter.stats()["frames_propagated"] == 2 * 3 and segmenter.stats()["propagate_seconds"] > 0
     with pytest.raises(CheckpointError, match="nowhere.pth does not exist"):
         Segmenter("", NoSam2(), propagation=config(checkpoint=str(tmp_path / "nowhere.pth")))
