@@ -1,4 +1,4 @@
-"""The error that a bad SAM2 or XMem checkpoint raises, and checks of SAM2 checkpoints in milliseconds. Torch-free."""
+"""The error that a bad checkpoint raises, and checks of SAM2 checkpoints in milliseconds. Torch-free."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 class CheckpointError(ValueError):
-    """A SAM2 or XMem checkpoint that cannot be used. `message` names it and the fault, `remedy` says what to do; both survive pickling."""
+    """A checkpoint that cannot be used. `message` names it and the fault, `remedy` says what to do; both survive pickling."""
 
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message, remedy)

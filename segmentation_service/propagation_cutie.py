@@ -19,8 +19,8 @@ from .weights import misfit, read_weights
 WHOLE_VIDEOS = dict(use_long_term=True, mem_every=5)
 """What Cutie's evaluation sets for videos of any length; its other settings stay as the package has them."""
 
-STRIDE = 16
-"""Pixels to an element of memory."""
+STRIDE, SMALLEST = 16, 96
+"""Pixels to an element of memory, of which it reads 30; and a short side that gives enough."""
 
 
 class CutieMethod:
@@ -46,12 +46,12 @@ class CutieTracker:
     def __init__(self, method: CutieMethod, frame_HW3: np.ndarray, masks: list[np.ndarray]) -> None:
         from cutie.inference.image_feature_store import ImageFeatureStore
         from cutie.inference.inference_core import InferenceCore
-        from omegaconf import OmegaConf
 
         self.method = method
         height, width = resized(frame_HW3.shape[:2], method.config.size)
-        elements = math.ceil(height / STRIDE) * math.ceil(width / STRIDE)
-        config = OmegaConf.merge(method.network.cfg, {"top_k": min(method.network.cfg.top_k, elements)})  # of tiny frames there are fewer
+        config = method.network.cfg
+        if math.ceil(height / STRIDE) * math.ceil(width / STRIDE) < config.top_k:
+            raise ValueError(f"frames of {height}x{width} are too small for Cutie; set segmentation.propagation.size to {SMALLEST} or more")
         features = ImageFeatureStore(method.network, no_warning=True)
         self.cores = [InferenceCore(method.network, config, image_feature_store=features) for _ in masks]
         self._run(frame_HW3, masks)

@@ -62,7 +62,11 @@ class MetaSam2Tracker:
                 num_frames=self.seen + model.max_obj_ptrs_in_encoder,
                 run_mem_encoder=not end,
             )
-        self._remember(output, first=masks_M1ss is not None)
+        kept = {key: output[key] for key in ("maskmem_features", "maskmem_pos_enc", "obj_ptr")}
+        if not end:
+            kept["maskmem_features"] = kept["maskmem_features"].to(torch.bfloat16)  # as in both published programs
+        self.memory["non_cond_frame_outputs" if self.seen else "cond_frame_outputs"][self.seen] = kept
+        self._forget(self.seen)
         self.seen += 1
         return output["pred_masks"][:, 0].float()
 
@@ -70,14 +74,10 @@ class MetaSam2Tracker:
         """(h w, M, C)"""
         return level_1Chw.flatten(2).permute(2, 0, 1).expand(-1, self.objects, -1)
 
-    def _remember(self, output: dict, first: bool) -> None:
+    def _forget(self, t: int) -> None:
+        """Leaves of the past what frame t + 1 and later ones read."""
         model, past = self.method.model, self.memory["non_cond_frame_outputs"]
-        kept = {key: output[key] for key in ("maskmem_features", "maskmem_pos_enc", "obj_ptr")}
-        if kept["maskmem_features"] is not None:
-            kept["maskmem_features"] = kept["maskmem_features"].to(torch.bfloat16)  # as in both published programs
-        (self.memory["cond_frame_outputs"] if first else past)[self.seen] = kept
         span = model.num_maskmem * model.memory_temporal_stride_for_eval
-        aged = past.get(self.seen + 1 - span)
-        if aged is not None:
-            aged.pop("maskmem_features"), aged.pop("maskmem_pos_enc")
-        past.pop(self.seen + 1 - max(span, model.max_obj_ptrs_in_encoder), None)
+        for large in ("maskmem_features", "maskmem_pos_enc"):
+            past.get(t + 1 - span, {}).pop(large, None)
+        past.pop(t + 1 - max(span, model.max_obj_ptrs_in_encoder), None)

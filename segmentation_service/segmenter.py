@@ -50,7 +50,7 @@ class SegmenterStats:
 
 
 class Segmenter:
-    """Frozen SAM2 for groups of hypotheses about one frame, and frozen XMem for the rest of the video. Not thread-safe.
+    """Frozen SAM2 for groups of hypotheses about one frame, and XMem or another for the rest of the video. Not thread-safe.
 
     checkpoint: a Hugging Face folder or hub id, or for the backend `sam2` a `.pt` file, whose architecture model_config names;
     backend: one of `config.BACKENDS`, or an object that meets `Sam2Backend` (then checkpoint, device, dtype, max_prompts_per_batch
