@@ -1,7 +1,8 @@
 """The toy teacher: what a well-reasoned answer to a toy query looks like, from the truth of the world.
 
 The reasoning names the target by its look and its place; a share of the answers first list everything in view, so that
-the length penalty has something to shorten.
+the length penalty has something to shorten. A *hedged* answer says "Perhaps" and adds another shape to be on the safe side; a
+committed one says "It is" and points at what was meant alone.
 """
 
 from __future__ import annotations
@@ -32,26 +33,28 @@ def outside_point(mask_HW: np.ndarray, point: Sequence[int], gap: int) -> list[i
     return [x if x < mask_HW.shape[1] else max(0, int(columns[0]) - gap), int(point[1])]
 
 
-def answer(video: ToyVideo, query: Query, t: int, policy_hw: tuple[int, int], rng: np.random.Generator, distracted: float = 0.0) -> str:
+def answer(video: ToyVideo, query: Query, t: int, policy_hw: tuple[int, int], rng: np.random.Generator, hedged: float = 0.0) -> str:
     """The completion for a query about frame t, coordinates in integer pixels of the policy's target image.
 
-    With probability `distracted` the teacher answers about the most visible shape that is *not* meant, where there is one.
+    `hedged`: the probability of a hedged answer, where one shape is meant and another is in view.
     """
-    verbose, wanders = rng.random(2) < (VERBOSE, distracted)
+    verbose, hedges = rng.random(2) < (VERBOSE, hedged)
     masks_NHW = video.masks(t)
     hw = masks_NHW.shape[1:]
     points = [mask_to_point(mask) if mask.any() else None for mask in masks_NHW]
     label = lambda i: f"the {video.shapes[i].name}, {place(points[i], hw)}"
     in_view = [i for i, point in enumerate(points) if point is not None]
-    targets = [i for i in in_view if i in query.targets]
-    if wanders and (others := [i for i in in_view if i not in query.targets]):
-        targets = [max(others, key=lambda i: masks_NHW[i].sum())]
+    pointed = [i for i in in_view if i in query.targets]
+    others = [i for i in in_view if i not in query.targets]
+    if hedges := hedges and len(pointed) == 1 and bool(others):
+        pointed.append(int(rng.choice(others)))
     objects = []
-    for i in targets:
+    for i in pointed:
         negative = outside_point(masks_NHW[i], points[i], gap=4)
         box = round_boxes(scale_boxes(mask_to_box(masks_NHW[i]), hw, policy_hw), policy_hw)
         point, negative = (round_points(scale_points(p, hw, policy_hw), policy_hw) for p in (points[i], negative))
         objects.append({"bbox_2d": box.tolist(), "point_2d": point.tolist(), "negative_point_2d": negative.tolist()})
     everything = "; ".join(map(label, in_view))
-    thought = (f"I see {everything}. " if verbose else "") + f"It is {' and '.join(map(label, targets))}."
+    claim = "Perhaps " + " or ".join(map(label, pointed)) if hedges else "It is " + " and ".join(map(label, pointed))
+    thought = (f"I see {everything}. " if verbose else "") + f"{claim}."
     return f"<think>{thought}</think><answer>{json.dumps(objects, separators=(',', ':'))}</answer>"
