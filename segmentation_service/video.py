@@ -64,6 +64,16 @@ class FramesInMemory:
         return self.frames[i]
 
 
+def open_video(path: str | Path) -> Video:
+    """The video at a path: a folder of images, or a video file. Raises VideoError where there is neither."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return ImageFolder(path)
+    from .video_file import VideoFile
+
+    return VideoFile(path)
+
+
 def check_frame_number(video: Video, i: int) -> int:
     """`i` as an int. Raises VideoError where the video has no such frame; frames are not counted from the end."""
     count = len(video)

@@ -1,0 +1,159 @@
+"""Video files (mp4, webm, mkv, avi and what else FFmpeg reads) by frame number, exactly: frame i is the i-th that a player shows."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .video import VideoError
+
+
+class VideoFile:
+    """A file's first video stream, upright, as RGB. Small to send: each process opens the file itself. Not thread-safe.
+
+    The file is scanned once for the times of its frames, without decoding them where the container tells. Reading in rising order
+    decodes each frame once; any other read starts at the key frame before it, and the frames that it passes are kept, up to
+    cache_bytes of them, so that falling order is cheap as well.
+    """
+
+    def __init__(self, file: str | Path, cache_bytes: int = 64 * 2**20) -> None:
+        """Raises VideoError where the file is missing, is no video, or has no frame."""
+        self.file = Path(file).expanduser()
+        self.cache_bytes = cache_bytes
+        self.counted = False
+        self._rest()
+        if not self.file.is_file():
+            raise VideoError(f"{self.file}: no such video file")
+        self.times, self.key_times = self._scan()
+        if not self.times:
+            raise VideoError(f"{self.file}: has no video frame that can be decoded; encode it anew or drop the video")
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def frame(self, i: int) -> np.ndarray:
+        """Frame i, uint8 (H, W, 3). Raises VideoError where it cannot be decoded, and IndexError past the end."""
+        if not 0 <= i < len(self.times):
+            raise IndexError(f"frame {i} of {len(self.times)}")
+        if i in self._cache:
+            self._cache.move_to_end(i)
+            return self._cache[i]
+        key = self._key_before(i)
+        if self._frames is None or self._next > i or key > self._key_before(self._next):
+            self._seek(key)
+        try:
+            # Some files land behind the key frame that was asked for; at their beginning they cannot.
+            if not self._read_to(i):
+                self._seek(0)
+                self._read_to(i)
+        except (OSError, ValueError, RuntimeError) as error:  # FFmpeg's errors are of these kinds
+            self._rest()
+            raise VideoError(f"frame {i}: {self.file} cannot be decoded there ({error}); encode it anew or drop the video") from error
+        if i not in self._cache:
+            self._rest()
+            raise VideoError(f"frame {i}: {self.file} holds nothing that can be decoded at this place; encode it anew or drop the video")
+        return self._cache[i]
+
+    def close(self) -> None:
+        """Lets go of the file and of kept frames; the next read opens it again."""
+        self._rest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_container": None, "_frames": None, "_next": 0, "_cache": OrderedDict()}
+
+    def _rest(self) -> None:
+        if getattr(self, "_container", None) is not None:
+            self._container.close()
+        self._container: Any = None
+        self._frames: Iterator[Any] | None = None
+        self._next = 0  # the first frame that `_frames` can still give
+        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def _open(self) -> Any:
+        import av
+
+        try:
+            container = av.open(str(self.file))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise VideoError(f"{self.file}: not a readable video ({error})") from error
+        if not container.streams.video:
+            container.close()
+            raise VideoError(f"{self.file}: holds no video stream")
+        return container
+
+    def _scan(self) -> tuple[list[int], list[int]]:
+        """Times of all frames and of the key frames, in the stream's ticks and in the order in which they are shown."""
+        with self._open() as container:
+            stream = container.streams.video[0]
+            try:
+                packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+            except (OSError, ValueError, RuntimeError) as error:
+                raise VideoError(f"{self.file}: breaks off or is damaged ({error}); restore the file or drop the video") from error
+            times = sorted(p.pts for p in packets if p.pts is not None)
+            hides_frames = stream.codec_context.name == "vp8"  # some of its packets show nothing
+            if len(times) == len(packets) == len(set(times)) and not hides_frames:
+                return times, sorted(p.pts for p in packets if p.is_keyframe)
+        return self._decode_all()
+
+    def _decode_all(self) -> tuple[list[int], list[int]]:
+        """Times by decoding, for files whose packets do not tell; what follows a fault is lost. Where not even frames have
+        times of their own they are counted, and there is no way to them but from the beginning."""
+        times, keys = [], []
+        with self._open() as container:
+            try:
+                for shown in container.decode(video=0):
+                    times.append(_time(shown))
+                    if shown.key_frame:
+                        keys.append(_time(shown))
+            except (OSError, ValueError, RuntimeError):
+                pass
+        if None not in times and all(a < b for a, b in zip(times, times[1:])):
+            return times, keys
+        self.counted = True
+        return list(range(len(times))), []
+
+    def _key_before(self, i: int) -> int:
+        """The number of key frames up to frame i: 0 is the beginning of the file, k the k-th key frame."""
+        return bisect_right(self.key_times, self.times[min(i, len(self.times) - 1)])
+
+    def _seek(self, key: int) -> None:
+        kept = self._cache
+        self._rest()
+        self._cache = kept
+        self._container = self._open()
+        stream = self._container.streams.video[0]
+        if key > 1:
+            self._container.seek(self.key_times[key - 1], stream=stream)
+        self._frames = self._container.decode(stream)
+
+    def _read_to(self, i: int) -> bool:
+        """Keeps the frames up to i; whether i was among them."""
+        for shown in self._frames:
+            time = self._next if self.counted else _time(shown)
+            place = bisect_right(self.times, time) - 1
+            self._next = place + 1
+            if place >= 0 and self.times[place] == time:
+                self._keep(place, _upright_rgb(shown))
+            if place >= i:
+                break
+        return i in self._cache
+
+    def _keep(self, i: int, frame_HW3: np.ndarray) -> None:
+        self._cache[i] = frame_HW3
+        self._cache.move_to_end(i)
+        while len(self._cache) > 1 and len(self._cache) * frame_HW3.nbytes > self.cache_bytes:
+            self._cache.popitem(last=False)
+
+
+def _time(frame: Any) -> int:
+    return frame.pts if frame.pts is not None else frame.dts
+
+
+def _upright_rgb(frame: Any) -> np.ndarray:
+    frame_HW3 = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+    return np.ascontiguousarray(frame_HW3)
