@@ -44,12 +44,12 @@ class References:
         else:
             candidates = [(root, reference) for root in self.roots]
         for root, name in candidates:
+            # `..` is taken out of the name, not looked up: what is not below the root is refused before the file system is asked.
             path = Path(os.path.normpath(root / name))
-            if not path.is_relative_to(root):
-                continue  # before anything is asked of the file system
+            if not path.is_relative_to(root) or os.path.normpath(name).startswith(".."):
+                continue
             try:
-                # Without the normalisation above, since `..` after a symbolic link leads from where it points to.
-                real, real_root = (root / name).resolve(strict=True), root.resolve(strict=True)
+                real, real_root = path.resolve(strict=True), root.resolve(strict=True)
             except (OSError, RuntimeError, ValueError):  # missing, a loop, or a name with a zero byte
                 continue
             if real.is_relative_to(real_root):
