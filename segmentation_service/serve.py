@@ -73,3 +73,11 @@ def stop() -> None:
     serve.delete(APPLICATION)
     if not serve.status().applications:
         serve.shutdown()
+
+
+def replica_names() -> list[str]:
+    """Names of the replicas' actors, in the Ray namespace "serve"."""
+    import ray
+
+    found = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(a["name"] for a in found if a["namespace"] == "serve" and a["name"].startswith(f"SERVE_REPLICA::{APPLICATION}#"))
