@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -30,7 +31,8 @@ class SegmentationReplica:
         return await asyncio.wrap_future(self._batches.submit(request, alone))
 
     async def stats(self) -> dict[str, float]:
-        return self._batches.stats()
+        """Of this replica: its process, and the counters of `BatchThread.stats`."""
+        return {"pid": os.getpid(), **self._batches.stats()}
 
     async def check_health(self) -> None:
         """Raises where the model does not answer; Ray Serve then replaces this replica."""
@@ -73,11 +75,3 @@ def stop() -> None:
     serve.delete(APPLICATION)
     if not serve.status().applications:
         serve.shutdown()
-
-
-def replica_names() -> list[str]:
-    """Names of the replicas' actors, in the Ray namespace "serve"."""
-    import ray
-
-    found = ray.util.list_named_actors(all_namespaces=True)
-    return sorted(a["name"] for a in found if a["namespace"] == "serve" and a["name"].startswith(f"SERVE_REPLICA::{APPLICATION}#"))
