@@ -23,7 +23,7 @@ class References:
     max_pixels: the most that a frame of them may have.
     """
 
-    def __init__(self, roots: Sequence[str | Path], uploads: str | Path | None = None, max_pixels: int = 2**24) -> None:
+    def __init__(self, roots: Sequence[str | Path], uploads: str | Path | None = None, max_pixels: int = 3840 * 2160) -> None:
         self.roots = tuple(Path(root).expanduser().absolute() for root in roots)
         self.uploads = None if uploads is None else Path(uploads).expanduser().absolute()
         self.max_pixels = max_pixels

@@ -40,9 +40,9 @@ class ServeConfig:
     )
 
     max_frames: int = field(default=10_000, metadata={"help": "Most frames of a video.", "min": 1})
-    max_frame_pixels: int = field(default=2**24, metadata={"help": "Most pixels of a frame; 4096x4096 by default.", "min": 1})
+    max_frame_pixels: int = field(default=3840 * 2160, metadata={"help": "Most pixels of a frame.", "min": 1})
     max_hypotheses: int = field(default=64, metadata={"help": "Most hypotheses of a request.", "min": 1})
-    max_objects: int = field(default=512, metadata={"help": "Most objects of a request, all hypotheses together.", "min": 1})
+    max_objects: int = field(default=256, metadata={"help": "Most objects of a request, all hypotheses together; their masks are in memory at once.", "min": 1})
     max_points: int = field(default=64, metadata={"help": "Most points of an object.", "min": 1})
     max_masks: int = field(default=100_000, metadata={"help": "Most masks of an answer: objects times frames.", "min": 1})
 

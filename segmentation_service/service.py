@@ -51,7 +51,7 @@ class SegmentationService:
         """(place in the batch, answer), each as soon as it is known: errors first, then masks, then tracks.
 
         Requests about one frame share its encoding and are decoded together; those that ask for the same frames of the
-        same video from the same target frame go through it together.
+        same video from the same target frame go through it together. Never do more objects than one request may have.
         """
         opened: dict[str, OpenVideo | ServiceError] = {}
         by_frame: dict[Hashable, list[int]] = defaultdict(list)
@@ -71,7 +71,7 @@ class SegmentationService:
             def segment(members: list[int]) -> list[list[list[dict]]]:
                 return self._segment(video, frame, [requests[i].prompts() for i in members])
 
-            for i, found in self._each(members, segment):
+            for i, found in self._each(requests, members, segment):
                 propagate = requests[i].propagate
                 if isinstance(found, ServiceError):
                     yield i, found
@@ -87,7 +87,7 @@ class SegmentationService:
             def track(members: list[int]) -> list[list[dict[int, list[dict]]]]:
                 return self._track(video, frame, [masks[i] for i in members], None if frames is True else frames)
 
-            for i, found in self._each(members, track):
+            for i, found in self._each(requests, members, track):
                 yield i, found if isinstance(found, ServiceError) else _response(masks[i], found)
 
     def probe(self) -> None:
@@ -113,7 +113,7 @@ class SegmentationService:
 
     def _check(self, request: SegmentRequest, video: OpenVideo) -> None:
         """Raises ServiceError 413 where a limit is passed, VideoError where the video has no such frame."""
-        c, objects = self.config, sum(map(len, request.hypotheses))
+        c, objects = self.config, _objects(request)
         for number, limit, what in (
             (len(video), c.max_frames, "frames in the video"),
             (len(request.hypotheses), c.max_hypotheses, "hypotheses"),
@@ -147,24 +147,33 @@ class SegmentationService:
 
         return _regrouped(self.segmenter.propagate_group(video, frame, [h for group in groups for h in group], frames, progress), groups)
 
-    def _each(self, members: list[int], work: Callable[[list[int]], list]) -> Iterator[tuple[int, object]]:
-        """(member, its part of the work or its error). Where the work fails for all, it is done for each alone: the fault may be one's."""
-        self.alive_at = time.monotonic()
-        try:
-            found = work(members)
-        except Exception as error:
-            if len(members) == 1 or isinstance(error, (VideoError, OSError)):  # their video is the same
-                yield from ((i, _service_error(error)) for i in members)
-            else:
-                for i in members:
-                    yield from self._each([i], work)
-        else:
-            yield from zip(members, found)
+    def _each(self, requests: Sequence[SegmentRequest], members: list[int], work: Callable[[list[int]], list]) -> Iterator[tuple[int, object]]:
+        """(member, its part of the work or its error). Where the work fails for several, it is done for each alone: the fault may be one's."""
+        parts = [[]]
+        for i in members:
+            if parts[-1] and sum(_objects(requests[j]) for j in (*parts[-1], i)) > self.config.max_objects:
+                parts.append([])
+            parts[-1].append(i)
+        while parts:
+            part = parts.pop(0)
+            self.alive_at = time.monotonic()
+            try:
+                found = work(part)
+            except Exception as error:
+                if len(part) > 1 and not isinstance(error, (VideoError, OSError)):  # a video is the fault of all
+                    parts = [[i] for i in part] + parts
+                    continue
+                found = [_service_error(error)] * len(part)
+            yield from zip(part, found)
 
     def _probe(self) -> np.ndarray:
         y, x = np.mgrid[0:48, 0:64]
         frame_HW3 = np.stack([4 * x, 5 * y, np.where((abs(x - 30) < 12) & (abs(y - 24) < 9), 250, 10)], -1).astype(np.uint8)
         return self.segmenter.segment_frame(frame_HW3, [[ObjectPrompt((18, 15, 42, 33))]])[0]
+
+
+def _objects(request: SegmentRequest) -> int:
+    return sum(map(len, request.hypotheses))
 
 
 def _regrouped(flat: list, groups: Sequence[Sequence]) -> list[list]:

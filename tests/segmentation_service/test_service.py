@@ -57,6 +57,18 @@ def test_requests_about_one_frame_share_its_encoding_and_decode_once(service):
     assert service.stats()["image_encodings"] == 3 and service.stats()["cache_hits"] == 5
 
 
+def test_no_more_objects_come_together_than_a_request_may_have(service, monkeypatch):
+    segment_group, sizes = service.segmenter.segment_group, []
+
+    def counted(frame_HW3, hypotheses, key=None):
+        sizes.append(sum(map(len, hypotheses)))
+        return segment_group(frame_HW3, hypotheses, key)
+
+    monkeypatch.setattr(service.segmenter, "segment_group", counted)
+    answers = service.segment_batch([ask("red", 0, (BOX, POINT)), ask(), ask("red", 0, (BOX, OTHER_BOX)), ask(), ask()])
+    assert sizes == [3, 4] and failures(answers) == [None] * 5 and service.stats()["image_encodings"] == 1
+
+
 def test_propagation_of_one_video_is_one_pass(service):
     requests = [ask("red", 2, (BOX,), propagate=(0, 4)), ask("red", 2, (OTHER_BOX,), propagate=(4, 0, 4)), ask("red", 2, propagate=(3,)), ask("red", 2)]
     together = service.segment_batch(requests)
