@@ -13,7 +13,7 @@ from .embedding_cache import EmbeddingCache
 from .prompts import ObjectPrompt
 from .references import OpenVideo, References
 from .segmenter import Segmenter
-from .serve_config import ServeConfig
+from .serve_config import ServeConfig, check
 from .service_request import Rle, SegmentRequest, SegmentResponse, ServiceError
 from .video import VideoError, check_frame_number, read_frame
 
@@ -37,6 +37,7 @@ class SegmentationService:
     @classmethod
     def load(cls, config: ServeConfig) -> SegmentationService:
         """With the networks of `config.segmentation`. Raises CheckpointError or ValueError where they cannot be used."""
+        check(config)
         s = config.segmentation
         cache = EmbeddingCache(config.cache_bytes) if config.cache_bytes else None
         segmenter = Segmenter(s.checkpoint, s.backend, s.device, s.dtype, s.max_prompts_per_batch, s.propagation, s.model_config, cache)

@@ -76,6 +76,13 @@ def test_an_event_loop_may_ask_too(client, expected):
     assert all(map(right, asyncio.run(ask_all()), expected))
 
 
+def test_who_does_not_get_an_answer_in_time_is_told_so_and_others_go_on(client, expected):
+    hasty = HandleClient(client._handle, wait_seconds=1e-3)
+    assert {outcome(hasty, REQUESTS[3]).status for _ in range(3)} == {503}
+    hasty.close()
+    assert right(outcome(client, REQUESTS[3]), expected[3])
+
+
 def test_a_dead_replica_loses_no_request_and_is_replaced(client, expected):
     before, retries = {s["pid"] for s in client.stats()}, client.retries
     assert len(before) == 2
