@@ -139,7 +139,8 @@ def crowd(config: ServeConfig, request: SegmentRequest, expected: SegmentRespons
     right = sum(is_right(a, expected) for a in answers)
     refused = sum(isinstance(a, ServiceError) and a.status in (429, 503) for a in answers)
     client.close()
-    return {"clients": clients, "requests": len(answers), "queue": config.max_queued_requests, "right": right, "refused": refused, "else": len(answers) - right - refused}
+    counts = {"requests": len(answers), "right": right, "refused": refused, "else": len(answers) - right - refused}
+    return {"clients": clients, "queue": config.max_queued_requests, **counts}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -67,7 +67,9 @@ class SegmentationConfig:
         default="auto",
         metadata={"help": "Precision of encoder and mask decoder; auto is bfloat16 on CUDA and float32 elsewhere.", "choices": DTYPES},
     )
-    replicas: int = field(default=1, metadata={"help": "Segmenter actors in the trainer's placement group, or replicas of the Ray Serve application.", "min": 1})
+    replicas: int = field(
+        default=1, metadata={"help": "Segmenter actors in the trainer's placement group, or replicas of the Ray Serve application.", "min": 1}
+    )
     cpus_per_replica: int = field(
         default=1,
         metadata={"help": "CPU cores that each replica reserves, and its number of torch threads.", "min": 1},

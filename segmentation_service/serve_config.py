@@ -29,10 +29,12 @@ class ServeConfig:
         default=0.005, metadata={"help": "How long an idle replica waits for more requests after a first; a busy one does not wait.", "min": 0.0}
     )
     cache_bytes: int = field(
-        default=512 * MIB, metadata={"help": "Most bytes of image embeddings that a replica keeps, where it runs; 0: none. A frame takes about 8 MiB in bfloat16.", "min": 0}
+        default=512 * MIB,
+        metadata={"help": "Most bytes of image embeddings that a replica keeps, where it runs; 0: none. A frame takes about 8 MiB in bfloat16.", "min": 0},
     )
     max_queued_requests: int = field(
-        default=128, metadata={"help": "Requests that each caller (a client in a process, or an HTTP proxy) lets wait; more are refused with status 503.", "min": 1}
+        default=128,
+        metadata={"help": "Requests that each caller (a client in a process, or an HTTP proxy) lets wait; more are refused with status 503.", "min": 1},
     )
     work_seconds: float = field(default=600.0, metadata={"help": "Most seconds that one request's propagation may take.", "min": 0.1})
     wait_seconds: float = field(
@@ -48,7 +50,9 @@ class ServeConfig:
 
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; beyond loopback a token is required."})
     port: int = field(default=8000, metadata={"help": "Port to listen at.", "min": 0})
-    token: Optional[str] = field(default=None, metadata={"help": f"What clients must send as bearer token; null: that of the variable {TOKEN_VARIABLE}, if set."})
+    token: Optional[str] = field(
+        default=None, metadata={"help": f"What clients must send as bearer token; null: that of the variable {TOKEN_VARIABLE}, if set."}
+    )
     max_body_bytes: int = field(default=4 * MIB, metadata={"help": "Most bytes of a request's JSON.", "min": 1})
     max_upload_bytes: int = field(default=GIB, metadata={"help": "Most bytes of one uploaded video.", "min": 1})
     max_uploads_bytes: int = field(default=20 * GIB, metadata={"help": "Most bytes of all uploaded videos.", "min": 1})

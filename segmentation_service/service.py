@@ -144,7 +144,7 @@ class SegmentationService:
         def progress(done: int, total: int) -> None:
             self.alive_at = time.monotonic()
             if self.alive_at > end and done < total:
-                raise ServiceError(413, f"{done} of {total} frames took the {self.config.work_seconds:g} s that a request may take; ask for fewer frames or objects")
+                raise ServiceError(413, f"{done} of {total} frames took the {self.config.work_seconds:g} s of a request; ask for fewer frames or objects")
 
         return _regrouped(self.segmenter.propagate_group(video, frame, [h for group in groups for h in group], frames, progress), groups)
 
