@@ -97,7 +97,7 @@ class OpenVideo:
     def _size_in_header(self, file: Path) -> tuple[int, int]:
         """Height and width before anything is decoded, since a small file can hold a huge image; (0, 0) where only decoding can tell."""
         if not isinstance(self.video, ImageFolder):
-            return 0, 0
+            return getattr(self.video, "stored_hw", (0, 0))
         from PIL import Image
 
         try:

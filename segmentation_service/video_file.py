@@ -12,6 +12,9 @@ import numpy as np
 
 from .video import VideoError
 
+FORMATS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,ivf,h264,hevc"
+"""Containers by FFmpeg's names (mov is mp4 too, matroska webm). Playlists are none: they would read whatever files they name."""
+
 
 class VideoFile:
     """A file's first video stream, upright, as RGB. Small to send: each process opens the file itself. Not thread-safe.
@@ -22,7 +25,7 @@ class VideoFile:
     """
 
     def __init__(self, file: str | Path, cache_bytes: int = 64 * 2**20) -> None:
-        """Raises VideoError where the file is missing, is no video, or has no frame."""
+        """Raises VideoError where the file is missing, is no video, or has no frame. Sets `stored_hw`, the size before it is set upright."""
         self.file = Path(file).expanduser()
         self.cache_bytes = cache_bytes
         self.counted = False
@@ -78,7 +81,7 @@ class VideoFile:
         import av
 
         try:
-            container = av.open(str(self.file))
+            container = av.open(str(self.file), options={"format_whitelist": FORMATS, "protocol_whitelist": "file"})
         except (OSError, ValueError, RuntimeError) as error:
             raise VideoError(f"{self.file}: not a readable video ({error})") from error
         if not container.streams.video:
@@ -90,6 +93,7 @@ class VideoFile:
         """Times of all frames and of the key frames, in the stream's ticks and in the order in which they are shown."""
         with self._open() as container:
             stream = container.streams.video[0]
+            self.stored_hw = (stream.codec_context.height, stream.codec_context.width)
             try:
                 packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
             except (OSError, ValueError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 from PIL import Image
 from served import write_video
@@ -91,3 +92,16 @@ def test_identity_follows_the_file_of_the_frame(place, references):
     Image.new("RGB", (64, 48)).save(place / "one/a/001.png")
     os.utime(place / "one/a/001.png", ns=(times.st_atime_ns, times.st_mtime_ns))  # as tools that keep times do
     assert references.open("a").identity(0) == before[0] and references.open("a").identity(1) != before[1]
+
+
+def test_large_video_files_are_refused_before_they_are_decoded(place, monkeypatch):
+    import av
+
+    with av.open(str(place / "one/v.mp4"), "w") as out:
+        stream = out.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        out.mux([*stream.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")), *stream.encode()])
+    assert References([place / "one"]).open("v.mp4").frame(0).shape == (48, 64, 3)
+    monkeypatch.setattr("segmentation_service.video_file.VideoFile.frame", lambda self, i: pytest.fail("was decoded"))
+    with pytest.raises(ServiceError, match="413: frame 0 of v.mp4 has more than the 3071 pixels"):
+        References([place / "one"], max_pixels=48 * 64 - 1).open("v.mp4").frame(0)

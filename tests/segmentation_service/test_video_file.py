@@ -134,6 +134,16 @@ def test_what_is_no_video_is_refused_by_name(tmp_path, fault):
         VideoFile(file)
 
 
+@pytest.mark.parametrize("playlist", ["#EXTM3U\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile '{}'\n"])
+@pytest.mark.parametrize("name", ["list.m3u8", "list.mp4"])
+def test_a_playlist_reads_no_other_file(tmp_path, playlist, name):
+    write(tmp_path / "other.mp4", "libx264", frames=3)
+    file = tmp_path / name
+    file.write_text(playlist.format("other.mp4"))
+    with pytest.raises(VideoError, match="not a readable video"):
+        VideoFile(file)
+
+
 def test_a_damaged_place_is_named_and_the_rest_can_be_read(tmp_path):
     file = write(tmp_path / "v.mkv", "libx264", gop=10)
     data = bytearray(file.read_bytes())
