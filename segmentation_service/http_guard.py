@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from .http_config import HttpConfig
+from .serve_config import TOKEN_VARIABLE, ServeConfig
 from .service_request import ServiceError
 
 Scope = dict[str, Any]
@@ -22,6 +24,31 @@ UPLOADS = "/v1/videos"
 DRAIN_SECONDS = 1.0
 
 
+class UnsafeServer(ValueError):
+    """A server that would be open to others; the message says what to do."""
+
+
+def bearer_token(config: ServeConfig) -> str | None:
+    """The token that requests must carry, of the settings or else of the environment.
+
+    Raises UnsafeServer where it would be easily guessed, or where there is none although other machines can reach the server.
+    """
+    token = config.token or os.environ.get(TOKEN_VARIABLE) or None
+    if token is None and not is_loopback(config.host):
+        raise UnsafeServer(f"host={config.host} lets other machines in, so a token is needed; set {TOKEN_VARIABLE} in the environment, or host=127.0.0.1")
+    if token is not None and (len(token) < 8 or not token.isascii() or not token.isprintable() or " " in token):
+        raise UnsafeServer(f"the token must have at least 8 printable ASCII characters and no spaces; got {len(token)} characters")
+    return token
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens at `host`. Names other than localhost count as open."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class Guard:
     """Refuses before it is read what may not or cannot be served, and gives up what is late or nobody waits for any more.
 
@@ -29,10 +56,12 @@ class Guard:
     goes on to the application piece by piece. Counts are this process's own: run one server a port.
     """
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], config: HttpConfig) -> None:
-        self.app, self.config = app, config
-        self.in_flight: Counter[str] = Counter()
-        self.answers: Counter[int] = Counter()
+    def __init__(
+        self, app: Callable[[Scope, Receive, Send], Awaitable[None]], config: ServeConfig, token: str | None, in_flight: Counter[str], answers: Counter[int]
+    ) -> None:
+        """in_flight by client and answers by status are kept up to date for the caller to read."""
+        self.app, self.config, self.token = app, config, token
+        self.in_flight, self.answers = in_flight, answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -59,11 +88,11 @@ class Guard:
             await answer.refuse(error)
 
     def _check_token(self, scope: Scope) -> None:
-        if self.config.token is None:
+        if self.token is None:
             return
         given = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, token = given.partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self.config.token.encode()):
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self.token.encode()):
             raise ServiceError(401, "wrong token" if given else "this service needs the header `Authorization: Bearer TOKEN`")
 
     def _check_in_flight(self, client: str) -> None:
@@ -76,7 +105,7 @@ class Guard:
         """The application against the clock and the client's patience."""
         if not is_upload:
             await body.read_within(self.config.body_seconds)
-        seconds = self.config.upload_seconds if is_upload else self.config.request_seconds
+        seconds = self.config.upload_body_seconds if is_upload else self.config.wait_seconds
         app = asyncio.ensure_future(self.app(scope, body.receive, answer.send))
         gone = asyncio.ensure_future(body.client_left())
         try:

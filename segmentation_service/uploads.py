@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
+import os
 import re
 import secrets
 import shutil
@@ -24,9 +26,9 @@ _DIRECTORY_BYTES_PER_FRAME = 1024  # of a ZIP's list of contents
 
 @dataclass(frozen=True)
 class Upload:
-    """What a client learns of its upload; `video` is what its requests name."""
+    """A video that was kept; name is its folder."""
 
-    video: str
+    name: str
     frames: int
     height: int
     width: int
@@ -79,8 +81,14 @@ class UploadStore:
         self._bytes.pop(name, None)
         shutil.rmtree(gone, ignore_errors=True)
 
+    def touch(self, name: str) -> None:
+        """An upload that is used lives on."""
+        if _ID.fullmatch(name):
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self.folder / name)
+
     def sweep(self) -> None:
-        """Delete what has outlived its time, and what a server that was killed left half-done."""
+        """Delete what was not used for the lifetime, and what a server that was killed left half-done."""
         for folder in self.folder.iterdir():
             try:
                 if time.time() - folder.stat().st_mtime < self.lifetime_seconds:
@@ -119,7 +127,7 @@ class UploadStore:
             raise ServiceError(422, "the ZIP holds no JPEG or PNG frames")
         (work / name).rename(self.folder / name)
         self._bytes[name] = total
-        return Upload(f"upload:{name}", count, *hw)
+        return Upload(name, count, *hw)
 
     def _frames(self, file: Path) -> Iterator[tuple[str, bytes]]:
         """(name, content) of each frame, in the order of the names."""
