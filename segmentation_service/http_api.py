@@ -30,8 +30,11 @@ UPLOAD_TYPES = ("application/zip", "application/octet-stream", "image/jpeg", "im
 class Client(Protocol):
     """What answers requests: `client.LocalClient`, `client.HandleClient`, or anything like them."""
 
-    async def segment(self, request: SegmentRequest) -> SegmentResponse:
-        """Raises ServiceError."""
+    async def segment_async(self, request: SegmentRequest) -> SegmentResponse:
+        """Raises ServiceError. Cancelled where nobody waits for the answer any more."""
+
+    def stats(self) -> list[dict[str, float]]:
+        """Counters of each replica."""
 
 
 class ErrorAnswer(BaseModel):
@@ -94,7 +97,7 @@ def make_app(client: Client, config: ServeConfig) -> FastAPI:
         """Masks for the objects of one or more hypotheses about one frame of a video."""
         if store is not None and request.video.startswith(UPLOAD):
             store.touch(request.video.removeprefix(UPLOAD))
-        return await client.segment(request)
+        return await client.segment_async(request)
 
     content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in UPLOAD_TYPES}
 
@@ -127,6 +130,7 @@ def make_app(client: Client, config: ServeConfig) -> FastAPI:
             "in_flight": in_flight.total(),
             "answers": {str(status): count for status, count in sorted(answers.items())},
             "upload_bytes": store.bytes_used if store else 0,
+            "replicas": await asyncio.to_thread(client.stats),
         }
 
     @app.get("/docs", include_in_schema=False)
@@ -154,17 +158,16 @@ def _answer(error: ServiceError, **more: Any) -> Response:
 
 
 def _validation_error(request: Request, error: RequestValidationError) -> Response:
-    problems = error.errors()
+    found = error.errors()
+    problems = [p for p in found[:20] if not any(q is not p and q["loc"][: len(p["loc"])] == p["loc"] for q in found[:20])]  # not what follows from another
     first = problems[0]
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if first["type"] == "json_invalid":
         return _answer(ServiceError(400, f"not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}"))
     if len(first["loc"]) == 1 and not kind.endswith("json"):
         return _answer(ServiceError(400, "send JSON, with the header `Content-Type: application/json`"))
-    fields = [".".join(str(part) for part in p["loc"][1:])[:200] for p in problems[:20]]
-    text = first["msg"].removeprefix("Value error, ")
-    more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-    return _answer(ServiceError(422, f"{fields[0] or 'the request'}: {text}{more}"), fields=fields)
+    fields = [".".join(str(part) for part in p["loc"][1:])[:200] for p in problems]
+    return _answer(ServiceError(422, f"{fields[0] or 'the request'}: {first['msg'].removeprefix('Value error, ')}"), fields=fields)
 
 
 def _http_error(request: Request, error: HTTPException) -> Response:

@@ -53,7 +53,7 @@ class ServeConfig:
     token: Optional[str] = field(
         default=None, metadata={"help": f"What clients must send as bearer token; null: that of the variable {TOKEN_VARIABLE}, if set."}
     )
-    max_body_bytes: int = field(default=4 * MIB, metadata={"help": "Most bytes of a request's JSON.", "min": 1})
+    max_body_bytes: int = field(default=MIB, metadata={"help": "Most bytes of a request's JSON.", "min": 1})
     max_upload_bytes: int = field(default=GIB, metadata={"help": "Most bytes of one uploaded video.", "min": 1})
     max_uploads_bytes: int = field(default=20 * GIB, metadata={"help": "Most bytes of all uploaded videos.", "min": 1})
     upload_seconds: float = field(default=86_400.0, metadata={"help": "How long an uploaded video is kept after its last use.", "min": 1.0})
