@@ -55,8 +55,8 @@ def listen(host: str, port: int) -> socket.socket:
         listening.bind((host.strip("[]"), port))
         listening.listen(MAX_CONNECTIONS)
         return listening
-    except OSError as error:
-        reason = {errno.EADDRINUSE: "another program listens there", errno.EACCES: "it needs more rights"}.get(error.errno, str(error))
+    except (OSError, OverflowError) as error:
+        reason = {errno.EADDRINUSE: "another program listens there", errno.EACCES: "it needs more rights"}.get(getattr(error, "errno", None), str(error))
         raise PortInUse(f"cannot listen at {host}, port {port}: {reason}; choose another with port=N (0: any free one)") from error
 
 

@@ -49,7 +49,7 @@ class ServeConfig:
     max_masks: int = field(default=100_000, metadata={"help": "Most masks of an answer: objects times frames.", "min": 1})
 
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; beyond loopback a token is required."})
-    port: int = field(default=8000, metadata={"help": "Port to listen at.", "min": 0})
+    port: int = field(default=8000, metadata={"help": "Port to listen at; 0: any free one.", "min": 0, "max": 65535})
     token: Optional[str] = field(
         default=None, metadata={"help": f"What clients must send as bearer token; null: that of the variable {TOKEN_VARIABLE}, if set."}
     )
