@@ -50,9 +50,9 @@ def serve_segmentation(config: ServeConfig) -> None:
     started_here = False
     try:
         started_here = join_cluster(ClusterConfig(object_store_gb=OBJECT_STORE_GB))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has brought its own, which aborts
         _check_resources(config, ray.cluster_resources())
         app = make_app(HandleClient(serve.start(config), config.wait_seconds), config)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has one of its own
         print(f"segmentation service at {address(listening)} (its interface: {address(listening)}/docs); Ctrl-C stops it", flush=True)
         server(app).run(sockets=[listening])
     finally:

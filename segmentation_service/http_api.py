@@ -164,8 +164,8 @@ def _validation_error(request: Request, error: RequestValidationError) -> Respon
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if first["type"] == "json_invalid":
         return _answer(ServiceError(400, f"not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}"))
-    if len(first["loc"]) == 1 and not kind.endswith("json"):
-        return _answer(ServiceError(400, "send JSON, with the header `Content-Type: application/json`"))
+    if first["loc"] == ("body",) and (first["type"] == "missing" or not kind.endswith("json")):
+        return _answer(ServiceError(400, "send a JSON object, with the header `Content-Type: application/json`"))
     fields = [".".join(str(part) for part in p["loc"][1:])[:200] for p in problems]
     return _answer(ServiceError(422, f"{fields[0] or 'the request'}: {first['msg'].removeprefix('Value error, ')}"), fields=fields)
 

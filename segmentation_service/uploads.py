@@ -67,7 +67,7 @@ class UploadStore:
             return await asyncio.to_thread(self._keep, work, name)
         finally:
             self._bytes.pop(work.name, None)
-            await asyncio.to_thread(shutil.rmtree, work, ignore_errors=True)
+            await asyncio.shield(asyncio.to_thread(shutil.rmtree, work, ignore_errors=True))  # also if the client has left
 
     def delete(self, name: str) -> None:
         """Raises ServiceError 404 where there is no such upload."""
