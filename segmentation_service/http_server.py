@@ -7,8 +7,12 @@ import errno
 import socket
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .http_guard import error_json
+from .service_request import ServiceError
 
 HEADER_SECONDS = 10
 STOP_SECONDS = 5
@@ -31,6 +35,13 @@ class ImpatientProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._wait()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP at all: the error in JSON, like all others."""
+        text, headers = error_json(ServiceError(400, msg))
+        answer = h11.Response(status_code=400, headers=[*headers.items(), ("connection", "close")])
+        self.transport.write(b"".join(self.conn.send(event) for event in (answer, h11.Data(data=text), h11.EndOfMessage())))
+        self.transport.close()
 
     def _wait(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:  # the headers are there

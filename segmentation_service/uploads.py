@@ -64,10 +64,15 @@ class UploadStore:
                 async for piece in body:
                     self._reserve(work.name, len(piece))
                     await asyncio.to_thread(file.write, piece)
-            return await asyncio.to_thread(self._keep, work, name)
-        finally:
-            self._bytes.pop(work.name, None)
-            await asyncio.shield(asyncio.to_thread(shutil.rmtree, work, ignore_errors=True))  # also if the client has left
+        except BaseException:
+            await asyncio.shield(asyncio.to_thread(self._clear, work))
+            raise
+        gone = threading.Event()
+        try:  # shielded, since a thread that has begun cannot be cancelled: it must clear up behind itself
+            return await asyncio.shield(asyncio.to_thread(self._keep, work, name, gone))
+        except asyncio.CancelledError:
+            gone.set()
+            raise
 
     def delete(self, name: str) -> None:
         """Raises ServiceError 404 where there is no such upload."""
@@ -78,7 +83,7 @@ class UploadStore:
             (self.folder / name).rename(gone)  # at once, so that nobody sees a video that lacks frames
         except FileNotFoundError as error:
             raise ServiceError(404, "no such upload; it may have expired") from error
-        self._bytes.pop(name, None)
+        self._forget(name)
         shutil.rmtree(gone, ignore_errors=True)
 
     def touch(self, name: str) -> None:
@@ -111,23 +116,37 @@ class UploadStore:
                 raise ServiceError(503, "there is no room for more uploads now; delete some, or wait until they expire", 60)
             self._bytes[name] = self._bytes.get(name, 0) + count
 
-    def _keep(self, work: Path, name: str) -> Upload:
+    def _keep(self, work: Path, name: str, gone: threading.Event) -> Upload:
         """Check the body frame by frame, writing each into a folder, and give that its final place."""
         count, total, hw = 0, 0, None
-        for i, (source, data) in enumerate(self._frames(work / "body")):
-            if i == self.max_frames:
-                raise ServiceError(413, f"the upload has more than {self.max_frames} frames, which is the limit")
-            suffix, frame_hw = self._check_frame(source, data)
-            if hw is not None and frame_hw != hw:
-                raise ServiceError(422, f"{source} is {frame_hw[0]}x{frame_hw[1]} pixels (height x width), the frames before it {hw[0]}x{hw[1]}; all must be alike")
-            count, total, hw = count + 1, total + len(data), frame_hw
-            self._reserve(work.name, len(data))
-            (work / name / f"{i:06d}{suffix}").write_bytes(data)
-        if hw is None:
-            raise ServiceError(422, "the ZIP holds no JPEG or PNG frames")
-        (work / name).rename(self.folder / name)
-        self._bytes[name] = total
-        return Upload(name, count, *hw)
+        try:
+            for i, (source, data) in enumerate(self._frames(work / "body")):
+                if gone.is_set():
+                    raise ServiceError(408, "the client has left, or its time is over")
+                if i == self.max_frames:
+                    raise ServiceError(413, f"the upload has more than {self.max_frames} frames, which is the limit")
+                suffix, frame_hw = self._check_frame(source, data)
+                if hw is not None and frame_hw != hw:
+                    raise ServiceError(422, f"{source} is {frame_hw[0]}x{frame_hw[1]} (height x width), the frames before it are {hw[0]}x{hw[1]}; all must be alike")
+                count, total, hw = count + 1, total + len(data), frame_hw
+                self._reserve(work.name, len(data))
+                (work / name / f"{i:06d}{suffix}").write_bytes(data)
+            if hw is None:
+                raise ServiceError(422, "the ZIP holds no JPEG or PNG frames")
+            with self._lock:
+                self._bytes[name] = total
+            (work / name).rename(self.folder / name)
+            return Upload(name, count, *hw)
+        finally:
+            self._clear(work)
+
+    def _clear(self, work: Path) -> None:
+        shutil.rmtree(work, ignore_errors=True)
+        self._forget(work.name)
+
+    def _forget(self, name: str) -> None:
+        with self._lock:
+            self._bytes.pop(name, None)
 
     def _frames(self, file: Path) -> Iterator[tuple[str, bytes]]:
         """(name, content) of each frame, in the order of the names."""
