@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Sequence
 
@@ -45,6 +46,7 @@ def serve_segmentation(config: ServeConfig) -> None:
     from segmentation_service.client import HandleClient
     from segmentation_service.http_api import make_app
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.application(config)  # before Ray: it checks the checkpoint
     print("loading the networks ...", flush=True)
     started_here = False

@@ -90,7 +90,6 @@ def make_app(client: Client, config: ServeConfig) -> FastAPI:
     app.add_exception_handler(ServiceError, lambda _, error: _answer(error))
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, lambda _, error: _answer(ServiceError(500, "a fault of the service; its log says more")))
 
     @app.post("/v1/segment", responses=_ERRORS)
     async def segment(request: SegmentRequest) -> SegmentResponse:

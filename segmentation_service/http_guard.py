@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import logging
 import math
 import os
 from collections import Counter
@@ -14,6 +15,8 @@ from typing import Any
 
 from .serve_config import TOKEN_VARIABLE, ServeConfig
 from .service_request import ServiceError
+
+logger = logging.getLogger(__name__)
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -86,6 +89,9 @@ class Guard:
                     del self.in_flight[client]
         except ServiceError as error:
             await answer.refuse(error)
+        except Exception:
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            await answer.refuse(ServiceError(500, "a fault of the service; its log says more"))
 
     def _check_token(self, scope: Scope) -> None:
         if self.token is None:

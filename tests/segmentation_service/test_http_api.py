@@ -170,14 +170,18 @@ def test_the_schema_and_its_page(http):
     assert "POST /v1/segment" in page.text and "hypotheses" in page.text
 
 
-def test_a_fault_of_ours_is_a_500_without_its_trace(config):
+def test_a_fault_of_ours_is_a_500_and_its_trace_is_in_the_log_only(config, caplog):
     class Faulty:
         async def segment_async(self, request):
             raise RuntimeError("secret")
 
+        def stats(self):
+            return []
+
     with serving(Faulty(), config) as url:
         answer = httpx.post(f"{url}/v1/segment", json=asking())
-    assert answer.status_code == 500 and "error" in answer.json() and "secret" not in answer.text
+        assert answer.status_code == 500 and "error" in answer.json() and "secret" not in answer.text and "secret" in caplog.text
+        assert httpx.get(f"{url}/v1/stats").json()["answers"] == {"500": 1}
 
 
 def test_two_hundred_clients_get_right_answers_or_an_honest_no(local, config):
