@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 
 from cluster.config_check import build
 from cluster.config_file import config_error, read_settings
@@ -22,12 +23,22 @@ def load_settings(file: str | None, overrides: Sequence[str], paths: bool = True
     config, problems = build(ServeConfig, values, sources)
     if problems:
         raise config_error(problems, SHOW)
-    try:
-        if paths:
+    if paths:
+        try:
             check(config)
-    except ValueError as error:
-        raise ConfigError(str(error), f"`{SHOW}` prints every key with its meaning") from error
+        except ValueError as error:
+            raise ConfigError(str(error), f"`{SHOW}` prints every key with its meaning") from error
+        _make_absolute(config)
     return config
+
+
+def _make_absolute(config: ServeConfig) -> None:
+    """Paths that mean the same in the replicas' processes."""
+    config.roots = [str(Path(root).expanduser().absolute()) for root in config.roots]
+    config.uploads = config.uploads and str(Path(config.uploads).expanduser().absolute())
+    for network in (config.segmentation, config.segmentation.propagation):
+        if network.checkpoint is not None and Path(network.checkpoint).expanduser().exists():  # else it is a hub id
+            network.checkpoint = str(Path(network.checkpoint).expanduser().absolute())
 
 
 def serve_segmentation(config: ServeConfig) -> None:

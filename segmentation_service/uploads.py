@@ -21,6 +21,7 @@ from .video import SUFFIXES
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _NOT_READY = "."  # begins the name of a folder that is arriving or being deleted
+_BYTES_PER_PIXEL = 8  # 16 bits of four channels, not compressed
 _DIRECTORY_BYTES_PER_FRAME = 1024  # of a ZIP's list of contents
 
 
@@ -154,6 +155,7 @@ class UploadStore:
             raise ServiceError(413, f"the upload has more than {self.max_bytes} bytes, which is the limit")
         with open(file, "rb") as opened:
             if opened.read(2) != b"PK":
+                self._check_bytes("the upload", file.stat().st_size)
                 yield "the upload", file.read_bytes()
                 return
         try:
@@ -166,9 +168,15 @@ class UploadStore:
                         raise ServiceError(422, f"the ZIP holds {_shown(member.filename)}; frames are {', '.join(SUFFIXES)} files")
                     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                         raise ServiceError(422, f"{_shown(member.filename)} is neither stored nor deflated; use another ZIP program")
+                    self._check_bytes(_shown(member.filename), member.file_size)
                     yield _shown(member.filename), archive.read(member)
         except (zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, NotImplementedError, EOFError, ValueError, zipfile.zlib.error) as error:
             raise ServiceError(422, f"the upload is not a readable ZIP: {error}") from error
+
+    def _check_bytes(self, source: str, count: int) -> None:
+        """Before it is read into memory."""
+        if count > _BYTES_PER_PIXEL * self.max_pixels + 2**16:
+            raise ServiceError(413, f"{source} has {count} bytes, which is more than an image of {self.max_pixels} pixels needs")
 
     def _check_frame(self, source: str, data: bytes) -> tuple[str, tuple[int, int]]:
         """The suffix and (height, width) of an image that can be decoded to its end."""

@@ -60,6 +60,15 @@ def test_replicas_that_do_not_fit_are_refused():
     serve_command._check_resources(config, {"CPU": 6.0})
 
 
+def test_replicas_get_paths_that_do_not_depend_on_where_they_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("videos", "up", "model"):
+        (tmp_path / folder).mkdir()
+    config = serve_command.load_settings(None, ["roots=[videos]", "uploads=up", "segmentation.checkpoint=model"])
+    assert (config.roots, config.uploads, config.segmentation.checkpoint) == ([f"{tmp_path}/videos"], f"{tmp_path}/up", f"{tmp_path}/model")
+    assert serve_command.load_settings(None, ["roots=[videos]"]).segmentation.checkpoint == "facebook/sam2.1-hiera-large"
+
+
 def test_settings_are_shown_and_read_back(tmp_path, capsys):
     assert cli.main(["serve", "segmentation", "--show", "batch_size=3", "roots=[a, b]"]) == 0
     (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
