@@ -50,6 +50,7 @@ def serve_segmentation(config: ServeConfig) -> None:
     listening = listen(config.host, config.port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     import ray
+    from ray import serve as ray_serve
 
     from cluster.ray_cluster import join_cluster
     from cluster.sections import ClusterConfig
@@ -60,19 +61,23 @@ def serve_segmentation(config: ServeConfig) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.application(config)  # before Ray: it checks the checkpoint
     print("loading the networks ...", flush=True)
-    started_here = False
+    shared = False
     try:
         started_here = join_cluster(ClusterConfig(object_store_gb=OBJECT_STORE_GB))
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has brought its own, which aborts
         _check_resources(config, ray.cluster_resources())
+        if serve.APPLICATION in ray_serve.status().applications:
+            raise UserError("this Ray cluster serves segmentation already", "stop that command first, or start a Ray of its own with RAY_ADDRESS=local")
+        shared = not started_here
         app = make_app(HandleClient(serve.start(config), config.wait_seconds), config)
         print(f"segmentation service at {address(listening)} (its interface: {address(listening)}/docs); Ctrl-C stops it", flush=True)
         server(app).run(sockets=[listening])
     finally:
         listening.close()
-        if ray.is_initialized():
-            if not started_here:
+        try:
+            if shared:
                 serve.stop()
+        finally:
             ray.shutdown()
 
 

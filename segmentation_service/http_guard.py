@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from .serve_config import TOKEN_VARIABLE, ServeConfig
 from .service_request import ServiceError
@@ -94,9 +95,13 @@ class Guard:
             await answer.refuse(ServiceError(500, "a fault of the service; its log says more"))
 
     def _check_token(self, scope: Scope) -> None:
+        headers = dict(scope["headers"])
         if self.token is None:
+            # Else a web page could reach the server under a name of its own that it lets lead to this machine, and read the answers.
+            if not is_loopback(_host(headers.get(b"host", b""))):
+                raise ServiceError(401, "a server without a token answers only under the names localhost and 127.0.0.1")
             return
-        given = dict(scope["headers"]).get(b"authorization", b"")
+        given = headers.get(b"authorization", b"")
         scheme, _, token = given.partition(b" ")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self.token.encode()):
             raise ServiceError(401, "wrong token" if given else "this service needs the header `Authorization: Bearer TOKEN`")
@@ -219,6 +224,14 @@ def error_json(error: ServiceError, **more: Any) -> tuple[bytes, dict[str, str]]
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return text, headers
+
+
+def _host(header: bytes) -> str:
+    """The name in a Host header, without the port."""
+    try:
+        return urlsplit(f"//{header.decode('latin-1')}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _slow(seconds: float) -> ServiceError:

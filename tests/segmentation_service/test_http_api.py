@@ -297,7 +297,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(http, url, videos):
     from http_serving import wait_until
 
     with connect(url) as connection:
-        connection.sendall(b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Type: application/zip\r\nContent-Length: 1000\r\n\r\nPK")
+        connection.sendall(b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/zip\r\nContent-Length: 1000\r\n\r\nPK")
         wait_until(lambda: len(list((videos / "uploads").iterdir())) == 1)
     wait_until(lambda: list((videos / "uploads").iterdir()) == [])
     assert http.get("/v1/stats").json()["in_flight"] == 1
