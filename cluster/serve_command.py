@@ -58,7 +58,7 @@ def serve_segmentation(config: ServeConfig) -> None:
     from segmentation_service.client import HandleClient
     from segmentation_service.http_api import make_app
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # else it reports every request that finds the queue full
     serve.application(config)  # before Ray: it checks the checkpoint
     print("loading the networks ...", flush=True)
     shared = False

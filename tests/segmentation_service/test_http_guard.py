@@ -4,6 +4,7 @@ import asyncio
 import re
 import threading
 import time
+import types
 from dataclasses import replace
 
 import httpx
@@ -224,7 +225,8 @@ def test_a_request_whose_client_has_left_is_given_up(config, waiting):
 def test_the_client_tries_again_while_the_service_is_full_and_no_longer_than_it_has_patience(config, waiting, monkeypatch):
     monkeypatch.setattr("segmentation_service.http_client.FIRST_PAUSE", 0.01)
     pauses = []
-    monkeypatch.setattr("segmentation_service.http_client.time.sleep", lambda seconds: (pauses.append(seconds), len(pauses) == 3 and setattr(waiting, "error", None)))
+    clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: (pauses.append(seconds), len(pauses) == 3 and setattr(waiting, "error", None)))
+    monkeypatch.setattr("segmentation_service.http_client.time", clock)
     waiting.free.set()
     waiting.error = ServiceError(503, "full", 2.5)
     with serving(waiting, config) as url:
