@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
-_STYLE = "body{font:15px/1.5 sans-serif;max-width:50em;margin:2em auto;padding:0 1em} code{background:#8882;padding:0 .2em} td{padding:.1em .8em .1em 0;vertical-align:top}"
+_STYLE = """body{font:15px/1.5 sans-serif;max-width:50em;margin:2em auto;padding:0 1em}
+code{background:#8882;padding:0 .2em} td{padding:.1em .8em .1em 0;vertical-align:top}"""
 
 
 def page(schema: dict[str, Any]) -> str:

@@ -128,7 +128,7 @@ class UploadStore:
                     raise ServiceError(413, f"the upload has more than {self.max_frames} frames, which is the limit")
                 suffix, frame_hw = self._check_frame(source, data)
                 if hw is not None and frame_hw != hw:
-                    raise ServiceError(422, f"{source} is {frame_hw[0]}x{frame_hw[1]} (height x width), the frames before it are {hw[0]}x{hw[1]}; all must be alike")
+                    raise ServiceError(422, f"{source} is {frame_hw[0]}x{frame_hw[1]} (height x width), those before it {hw[0]}x{hw[1]}; all must be alike")
                 count, total, hw = count + 1, total + len(data), frame_hw
                 self._reserve(work.name, len(data))
                 (work / name / f"{i:06d}{suffix}").write_bytes(data)
