@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
@@ -22,6 +23,8 @@ from .references import UPLOAD
 from .serve_config import ServeConfig
 from .service_request import SegmentRequest, SegmentResponse, ServiceError
 from .uploads import UploadStore
+
+logger = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 60.0
 UPLOAD_TYPES = ("application/zip", "application/octet-stream", "image/jpeg", "image/png")
@@ -142,7 +145,10 @@ def make_app(client: Client, config: ServeConfig) -> FastAPI:
 async def _sweep(store: UploadStore) -> None:
     while True:
         await asyncio.sleep(min(SWEEP_SECONDS, store.lifetime_seconds))
-        await asyncio.to_thread(store.sweep)
+        try:
+            await asyncio.to_thread(store.sweep)
+        except OSError:
+            logger.exception("expired uploads could not be deleted")
 
 
 def _uploads(store: UploadStore | None) -> UploadStore:
@@ -157,8 +163,9 @@ def _answer(error: ServiceError, **more: Any) -> Response:
 
 
 def _validation_error(request: Request, error: RequestValidationError) -> Response:
-    found = error.errors()
-    problems = [p for p in found[:20] if not any(q is not p and q["loc"][: len(p["loc"])] == p["loc"] for q in found[:20])]  # not what follows from another
+    found = error.errors()[:20]
+    inner = {q["loc"][:n] for q in found for n in range(len(q["loc"]))}
+    problems = [p for p in found if p["loc"] not in inner]  # a list with a wrong item also counts as too short
     first = problems[0]
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if first["type"] == "json_invalid":

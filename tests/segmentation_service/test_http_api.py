@@ -126,6 +126,12 @@ def test_what_is_wrong_with_a_request_is_said(http, body, status, said):
     assert len(answer.content) < 2000
 
 
+def test_every_wrong_field_is_named_once(http):
+    wrong = asking(hypotheses=[[{"box": [1, 2, "x", None]}]], propagate="maybe", shape="round")
+    fields = http.post("/v1/segment", json=wrong).json()["fields"]
+    assert fields == ["hypotheses.0.0.box.2", "hypotheses.0.0.box.3", "propagate.bool", "propagate.tuple[constrained-int, ...]", "shape"]
+
+
 def test_json_must_say_that_it_is(http):
     answer = http.post("/v1/segment", content=json.dumps(asking()), headers={"content-type": "text/plain"})
     assert answer.status_code == 400 and "send a JSON object" in answer.json()["error"]
