@@ -3,8 +3,10 @@
 import asyncio
 import io
 import json
+import sys
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from segmentation_service.client import LocalClient
+from segmentation_service.config import PropagationConfig
 from segmentation_service.http_api import make_app
 from segmentation_service.http_client import HttpClient
 from segmentation_service.http_guard import UnsafeServer
@@ -23,6 +26,8 @@ from segmentation_service.serve_config import ServeConfig
 from segmentation_service.service import SegmentationService
 from segmentation_service.service_request import SegmentRequest, ServiceError
 from tests.conftest import TOY
+
+sys.path.append(str(Path(__file__).parent / "xmem"))  # tiny_xmem.py
 
 BOX = (24, 44, 56, 76)
 JSON = {"content-type": "application/json"}
@@ -43,7 +48,7 @@ def videos(tmp_path_factory):
 def config(videos):
     return ServeConfig(
         roots=[str(videos / "videos")], uploads=str(videos / "uploads"), max_objects=20, max_frames=5, max_frame_pixels=20_000,
-        max_body_bytes=20_000, max_upload_bytes=200_000, max_uploads_bytes=300_000, body_seconds=1.0,
+        max_body_bytes=20_000, max_upload_bytes=200_000, max_uploads_bytes=300_000, body_seconds=60.0,
     )  # fmt: skip
 
 
@@ -51,8 +56,10 @@ def config(videos):
 def local(config):
     import torch
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    return LocalClient(SegmentationService(Segmenter(str(TOY / "sam2"), device="cpu"), References(config.roots, config.uploads, config.max_frame_pixels), config))
+    yield client_in_process(config)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +72,11 @@ def url(local, config):
 def http(url):
     with httpx.Client(base_url=url, timeout=60) as client:
         yield client
+
+
+def client_in_process(config, propagation=None):
+    segmenter = Segmenter(str(TOY / "sam2"), device="cpu", propagation=propagation)
+    return LocalClient(SegmentationService(segmenter, References(config.roots, config.uploads, config.max_frame_pixels), config))
 
 
 def asking(**changes):
@@ -93,6 +105,22 @@ def test_same_masks_as_in_the_process(local, url, http):
     assert [len(masks) for masks in expected.masks] == [2, 0, 1] and expected.masks[0][0].size == (96, 128)
     assert http.post("/v1/segment", json=request.model_dump(mode="json")).json() == expected.model_dump(mode="json")
     client.close()
+
+
+def test_same_tracks_as_in_the_process(config, tmp_path):
+    import torch
+    from tiny_xmem import tiny_state_dict
+
+    torch.save(tiny_state_dict(), tmp_path / "xmem.pth")
+    local = client_in_process(config, PropagationConfig(checkpoint=str(tmp_path / "xmem.pth"), size=0))
+    with serving(local, config) as url:
+        client = HttpClient(url)
+        for propagate, frames in ((True, [0, 1, 2]), ((2,), [2])):
+            request = SegmentRequest(**asking(frame=1, hypotheses=[[{"box": BOX}, {"box": (80, 10, 90, 20)}], []], propagate=propagate))
+            answer = client.segment(request)
+            assert answer == local.segment(request) and [sorted(track) for track in answer.tracks] == [frames, frames]
+            assert [len(track[2]) for track in answer.tracks] == [2, 0]
+        client.close()
 
 
 @pytest.mark.parametrize(

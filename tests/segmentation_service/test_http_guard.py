@@ -44,9 +44,8 @@ class Waiting:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return ServeConfig(
-        roots=["/"], uploads=str(tmp_path_factory.mktemp("uploads")), max_body_bytes=2000, max_upload_bytes=100_000, body_seconds=0.5, upload_body_seconds=0.7
-    )
+    uploads = tmp_path_factory.mktemp("uploads")
+    return ServeConfig(roots=["/"], uploads=str(uploads), max_body_bytes=2000, max_upload_bytes=100_000, body_seconds=60.0)
 
 
 @pytest.fixture
@@ -60,6 +59,13 @@ def url(config):
     client = Waiting()
     client.free.set()
     with serving(client, config) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def impatient(config):
+    """The same, but it does not wait for bodies."""
+    with serving(Waiting(), replace(config, body_seconds=0.5, upload_body_seconds=0.7)) as url:
         yield url
 
 
@@ -136,15 +142,15 @@ def test_a_client_that_sends_on_reads_why_it_is_refused(url):
 
 
 @pytest.mark.parametrize("body", [b"Content-Length: 1000\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"])
-def test_a_body_that_does_not_come_is_given_up(url, body):
-    with connect(url) as connection:
+def test_a_body_that_does_not_come_is_given_up(impatient, body):
+    with connect(impatient) as connection:
         connection.sendall(HEAD + body)
         status, headers, answer = read_answer(connection)
-    assert status == 408 and "0.5 s" in answer["error"] and headers["connection"] == "close" and in_flight(url) == 0
+    assert status == 408 and "0.5 s" in answer["error"] and headers["connection"] == "close" and in_flight(impatient) == 0
 
 
-def test_an_upload_that_drips_is_given_up(url):
-    with connect(url) as connection:
+def test_an_upload_that_drips_is_given_up(impatient):
+    with connect(impatient) as connection:
         connection.sendall(b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/zip\r\nContent-Length: 1000\r\n\r\n")
         dripping = threading.Thread(target=drip, args=(connection,))
         dripping.start()
@@ -163,7 +169,7 @@ def drip(connection):
 
 
 def test_headers_that_do_not_come_close_the_connection(url, monkeypatch):
-    monkeypatch.setattr("segmentation_service.http_server.HEADER_SECONDS", 0.3)
+    monkeypatch.setattr("segmentation_service.http_server.HEADER_SECONDS", 1)
     client = Waiting()
     client.free.set()
     with serving(client, ServeConfig(roots=["/"])) as url:
@@ -219,7 +225,7 @@ def test_a_request_that_takes_too_long_is_given_up(config, waiting):
 def test_a_request_whose_client_has_left_is_given_up(config, waiting):
     with serving(waiting, config) as url:
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/v1/segment", json=ASK.model_dump(mode="json"), timeout=0.5)
+            httpx.post(f"{url}/v1/segment", json=ASK.model_dump(mode="json"), timeout=httpx.Timeout(60, read=0.5))
         wait_until(lambda: waiting.cancelled == 1)
         wait_until(lambda: in_flight(url) == 0)
 
