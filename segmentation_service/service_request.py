@@ -67,8 +67,9 @@ class SegmentResponse(_Strict):
 class ServiceError(Exception):
     """A request that was refused or failed, with the HTTP status that says whose fault it is.
 
-    400 malformed, 401 no or wrong token, 404 no such video or upload, 413 over a limit, 422 understood but impossible (wrong frame,
-    video that cannot be decoded), 429 this client asks too much, 503 the service is full or has no replica; 500 a fault of ours.
+    400 malformed, 401 no or wrong token, 404 no such video or upload, 408 a body that comes too slowly, 413 over a limit, 422 understood
+    but impossible (wrong frame, video that cannot be decoded), 429 this client asks too much, 503 the service is full or has no
+    replica; 500 a fault of ours.
     Only 429 and 503 are worth trying again, after `retry_after` seconds.
     """
 
