@@ -2,7 +2,7 @@
 
 Names (a `*` stands for a term, stage, class or service):
 
-    reward/mean reward/std reward/term/*                 iou/box iou/mask
+    reward/mean reward/std reward/term/*                 iou/box iou/mask iou/video
     length/response length/reasoning length/truncated_fraction
     length/factor length/factor/{easy,medium,hard} length/penalised_fraction
     answers/invalid_fraction                             groups/zero_variance_fraction groups/used groups/dropped
@@ -50,6 +50,7 @@ class ScoredCompletion:
     well_formed: bool = True
     box_iou: float | None = None
     mask_iou: float | None = None
+    video_iou: float | None = None
     prompt_tokens: int = 0
     response_tokens: int = 0
     reasoning_tokens: int = 0
@@ -76,6 +77,7 @@ def completion_metrics(completions: Sequence[ScoredCompletion]) -> dict[str, flo
         mean(f"reward/term/{term}", [c.terms[term] for c in scored if term in c.terms])
     mean("iou/box", [c.box_iou for c in scored if c.box_iou is not None])
     mean("iou/mask", [c.mask_iou for c in scored if c.mask_iou is not None])
+    mean("iou/video", [c.video_iou for c in scored if c.video_iou is not None])
     mean("length/response", [c.response_tokens for c in completions])
     mean("length/reasoning", [c.reasoning_tokens for c in scored])
     mean("length/truncated_fraction", [c.truncated for c in completions])

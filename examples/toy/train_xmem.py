@@ -1,6 +1,6 @@
 """Trains the toy XMem: an `XMem` of the published layout, made narrow, on short clips of the toy world.
 
-    OMP_NUM_THREADS=1 python -m examples.toy.train_xmem --out examples/toy/models/xmem --steps 3000
+    OMP_NUM_THREADS=1 python -m examples.toy.train_xmem --out examples/toy/models/xmem
 
 Writes a folder: model.safetensors, config.json with the dimensions, and training.json with the recipe and the learning curve.
 Runs on one CPU core. Every `--save-every` steps the state of the training goes to a file beside the folder; the same command
@@ -270,12 +270,12 @@ def save(args: argparse.Namespace, network: XMem, record: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default="examples/toy/models/xmem", help="folder to write")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clips", type=int, default=8, help="clips a step")
-    parser.add_argument("--frames", type=int, default=5, help="frames a clip")
+    parser.add_argument("--clips", type=int, default=6, help="clips a step")
+    parser.add_argument("--frames", type=int, default=4, help="frames a clip")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--save-every", type=int, default=200, help="steps between saved states of the training, each measured")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between saved states of the training, each measured")
     parser.add_argument("--eval-videos", type=int, default=12, help="held-out videos at each of these")
     parser.add_argument("--final-videos", type=int, default=60, help="held-out videos at the end")
     train(parser.parse_args())
