@@ -91,11 +91,10 @@ def unroll(network: XMem, batch: Batch, rng: np.random.Generator, top_k: int) ->
     """
     length, clips = batch.images.shape[:2]
     slot_O, clip_O = batch.present.nonzero(as_tuple=True)
-    flat = network.encode_image(batch.images.flatten(0, 1))
-    keys, selections, shrinkages = ((x.flatten(2).mT.unflatten(0, (length, clips))) for x in (flat.key, flat.selection, flat.shrinkage))
-    features = [ImageFeatures(*(x.unflatten(0, (length, clips))[t] for x in asdict_shallow(flat))) for t in range(length)]
-    grid = flat.key.shape[2:]
-    hidden_OChw = flat.key.new_zeros((len(slot_O), network.dims.hidden, *grid))
+    together = network.encode_image(batch.images.flatten(0, 1))
+    features = [ImageFeatures(*frame) for frame in zip(*(x.unflatten(0, (length, clips)) for x in vars(together).values()))]
+    grid = together.key.shape[2:]
+    hidden_OChw = together.key.new_zeros((len(slot_O), network.dims.hidden, *grid))
     memory: list[tuple[torch.Tensor, torch.Tensor]] = []  # rows (B, Q, 2 C_k + 1) and values (O, C_v, Q) of each memory frame
 
     def remember(t: int, probs: torch.Tensor, hidden_OChw: torch.Tensor) -> torch.Tensor:
@@ -103,8 +102,8 @@ def unroll(network: XMem, batch: Batch, rng: np.random.Generator, top_k: int) ->
         masks_O2HW = torch.stack([own, probs[1:].sum(0)[clip_O] - own], 1)
         shared = of_objects(network.value_encoder.shared_parts(batch.images[t], features[t].f16), clip_O)
         value_OVhw, hidden_OChw = network.value_encoder(shared, masks_O2HW, hidden_OChw, deep=True)
-        rows = torch.stack([memory_rows(k, s) for k, s in zip(keys[t], shrinkages[t])])
-        memory.append((rows, value_OVhw.flatten(2)))
+        rows = memory_rows(as_rows(features[t].key), as_rows(features[t].shrinkage))
+        memory.append((rows.unflatten(0, (clips, -1)), value_OVhw.flatten(2)))
         return hidden_OChw
 
     given = (batch.labels[0] == torch.arange(1, SLOTS + 1)[:, None, None, None]).float()
@@ -112,7 +111,7 @@ def unroll(network: XMem, batch: Batch, rng: np.random.Generator, top_k: int) ->
     outputs = []
     for t in range(1, length):
         is_memory_frame = bool(rng.random() < 0.5) and t < length - 1
-        queries = torch.stack([query_rows(k, e) for k, e in zip(keys[t], selections[t])])
+        queries = query_rows(as_rows(features[t].key), as_rows(features[t].selection)).unflatten(0, (clips, -1))
         scores_BQN = queries @ torch.cat([rows for rows, _ in memory], 1).mT
         least = scores_BQN.topk(min(top_k, scores_BQN.shape[2]), dim=2).values[..., -1:]
         weights_BQN = scores_BQN.masked_fill(scores_BQN < least, -math.inf).softmax(2)
@@ -120,16 +119,15 @@ def unroll(network: XMem, batch: Batch, rng: np.random.Generator, top_k: int) ->
         shared = of_objects(network.decoder.shared_parts(features[t]), clip_O)
         logits_O1hw, hidden_OChw = network.decoder(shared, readout.unflatten(2, grid), hidden_OChw, light=not is_memory_frame)
         full = F.interpolate(logits_O1hw, scale_factor=4, mode="bilinear", align_corners=False)
-        own = torch.zeros_like(given).index_put((slot_O, clip_O), full[:, 0].sigmoid())
-        probs = soft_aggregate(own)
+        probs = soft_aggregate(torch.zeros_like(given).index_put((slot_O, clip_O), full[:, 0].sigmoid()))
         if is_memory_frame:
             hidden_OChw = remember(t, probs, hidden_OChw)
         outputs.append(probs)
     return outputs
 
 
-def asdict_shallow(features: ImageFeatures) -> tuple[torch.Tensor, ...]:
-    return tuple(vars(features).values())
+def as_rows(x_BChw: torch.Tensor) -> torch.Tensor:
+    return x_BChw.flatten(2).mT.flatten(0, 1)
 
 
 def of_objects(shared, clip_O: torch.Tensor):
