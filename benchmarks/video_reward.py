@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    propagation = PropagationConfig(checkpoint="examples/toy/models/xmem", size=96)
+    propagation = PropagationConfig(checkpoint="examples/toy/models/xmem", size=144)
     segmenter = Segmenter("examples/toy/models/sam2", device="cpu", propagation=propagation)
     seconds: dict[str, list[float]] = {"segment": [], "propagate": [], "score by mask": [], "score by video": []}
     terms: list[list[float]] = []

@@ -28,7 +28,7 @@ from rollout.toy_world import ToyVideo, WorldConfig, make_video
 from segmentation_service.config import PropagationConfig
 from segmentation_service.masks import mask_iou
 from segmentation_service.propagation import Propagator
-from segmentation_service.resizing import normalised
+from segmentation_service.resizing import normalised, resized
 from segmentation_service.video import FramesInMemory
 from segmentation_service.xmem import XMem, XMemConfig, XMemDims, load_xmem
 from segmentation_service.xmem.network import ImageFeatures
@@ -42,7 +42,9 @@ SLOTS = 3  # objects tracked in a clip, at most; others in view are background
 STEPS_BETWEEN = (1, 1, 2, 3, 5, 8)  # frames from one of a clip to the next, drawn once a clip
 TEST_FRAMES = 24
 DISTANCES = ((1, 7), (8, 15), (16, 23))  # frames from the given mask, for the record
-EVAL_CONFIG = PropagationConfig(size=0)  # 96x128, the size of the frames
+SIZES = (96, 144)
+"""Short side of the images in the first and the second half of the training. At 96, the frames' own, a position of the stride-16
+grid is as large as a small shape; the second is what the weights are for."""
 
 # ------------------------------------------------------------------------------------------------------------- data
 
@@ -73,12 +75,16 @@ def make_clip(rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.nda
             return np.stack([video.frame(int(t)) for t in times]), labels_THW, len(tracked)
 
 
-def make_batch(rng: np.random.Generator, clips: int, length: int) -> Batch:
+def make_batch(rng: np.random.Generator, clips: int, length: int, size: int) -> Batch:
+    """Clips with their frames brought to the short side `size` as for the tracker, and their labels to the nearest pixel."""
     made = [make_clip(rng, length) for _ in range(clips)]
-    pixels = torch.from_numpy(np.stack([frames for frames, *_ in made], 1)).permute(0, 1, 4, 2, 3).float() / 255
-    labels = torch.from_numpy(np.stack([labels for _, labels, _ in made], 1))
+    pixels = torch.from_numpy(np.concatenate([frames for frames, *_ in made])).permute(0, 3, 1, 2).float() / 255
+    labels = torch.from_numpy(np.concatenate([labels for _, labels, _ in made]))[:, None]
+    hw = resized(pixels.shape[2:], size)
+    images = normalised(F.interpolate(pixels, hw, mode="bilinear", align_corners=False)).unflatten(0, (clips, length)).transpose(0, 1)
+    labels = F.interpolate(labels.float(), hw, mode="nearest").long()[:, 0].unflatten(0, (clips, length)).transpose(0, 1)
     present = torch.tensor([[slot < count for *_, count in made] for slot in range(SLOTS)])
-    return Batch(normalised(pixels.flatten(0, 1)).view(pixels.shape).contiguous(), labels, present)
+    return Batch(images.contiguous(), labels.contiguous(), present)
 
 
 # --------------------------------------------------------------------------------------------------------- learning
@@ -216,7 +222,8 @@ def train(args: argparse.Namespace) -> None:
             group["lr"] = one_cycle(progress, args.lr)
         # For its last third with the statistics that inference will use.
         network.train(progress < 2 / 3)
-        batch = make_batch(rng, args.clips, args.frames)
+        size = SIZES[progress >= 0.5]
+        batch = make_batch(rng, args.clips, args.frames, size)
         # All pixels at first, then, as XMem was trained, the hardest 15 percent.
         loss, iou = loss_of(unroll(network, batch, rng, XMemConfig().top_k), batch, 1 - 0.85 * min(1.0, progress / 0.3))
         optimizer.zero_grad(set_to_none=True)
@@ -228,7 +235,7 @@ def train(args: argparse.Namespace) -> None:
         if step % 25 == 0:
             print(f"step {step}  {time.process_time() - started:.0f} s  loss {loss.item():.3f}  training IoU {np.mean(recent):.3f}", flush=True)
         if step % args.save_every == 0 or step == args.steps:
-            curve.append({"step": step, **evaluate(Propagator(frozen(network), EVAL_CONFIG), test_videos)})
+            curve.append({"step": step, "size": size, **evaluate(Propagator(frozen(network), PropagationConfig(size=size)), test_videos)})
             print(f"step {step}  {time.process_time() - started:.0f} s  held-out {curve[-1]}", flush=True)
             state = {"seed": args.seed, "clips": args.clips, "frames": args.frames, "lr": args.lr, "step": step, "curve": curve,
                      "cpu_seconds": time.process_time() - started, "network": network.state_dict(), "optimizer": optimizer.state_dict()}  # fmt: skip
@@ -251,13 +258,13 @@ def save(args: argparse.Namespace, network: XMem, record: dict) -> None:
     temporary.mkdir(parents=True)
     save_file({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, temporary / "model.safetensors")
     (temporary / "config.json").write_text(json.dumps({"model_type": "xmem", "dims": asdict(network.dims)}, indent=1) + "\n", encoding="utf-8")
-    propagator = Propagator.load(PropagationConfig(checkpoint=str(temporary), size=EVAL_CONFIG.size))
+    propagator = Propagator.load(PropagationConfig(checkpoint=str(temporary), size=SIZES[-1]))
     record |= {
         "recipe": {"seed": args.seed, "clips_per_step": args.clips, "frames_per_clip": args.frames, "peak_lr": args.lr,
-                   "frames_between": STEPS_BETWEEN, "objects_per_clip": [1, SLOTS], "frame_size": [WorldConfig.height, WorldConfig.width],
+                   "frames_between": STEPS_BETWEEN, "objects_per_clip": [1, SLOTS], "short_sides": SIZES,
                    "optimizer": "AdamW (0.9, 0.98), weight decay 0.01, gradient norm 1, one cycle (8% warm-up, cosine)",
                    "loss": "cross-entropy of the hardest pixels (100% falling to 15% by 30% of the steps) + dice, after soft aggregation"},
-        "held_out": {"videos": args.final_videos, "frames": TEST_FRAMES, **evaluate(propagator, held_out(args.final_videos))},
+        "held_out": {"size": SIZES[-1], "videos": args.final_videos, "frames": TEST_FRAMES, **evaluate(propagator, held_out(args.final_videos))},
     }  # fmt: skip
     (temporary / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.toy.train_xmem import DIMS, SLOTS, evaluate, held_out, make_batch, unroll
+from examples.toy.train_xmem import DIMS, SIZES, SLOTS, evaluate, held_out, make_batch, unroll
 from segmentation_service.config import PropagationConfig
 from segmentation_service.propagation import Propagator
 from segmentation_service.xmem import XMem, XMemConfig, XMemTracker, load_xmem
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_held_out_j():
-    found = evaluate(Propagator.load(PropagationConfig(checkpoint=str(TOY), size=96)), held_out(6))
+    found = evaluate(Propagator.load(PropagationConfig(checkpoint=str(TOY), size=SIZES[-1])), held_out(6))
     assert found["J"] >= 0.8, found
 
 
@@ -32,7 +32,7 @@ def test_training_takes_the_steps_of_the_tracker(coin, mem_every):
     """Every frame remembered, or only the first."""
     torch.manual_seed(0)
     network = load_xmem(XMem(DIMS).state_dict())
-    batch = make_batch(np.random.default_rng(1), clips=2, length=4)
+    batch = make_batch(np.random.default_rng(1), clips=2, length=4, size=96)
     with torch.no_grad():
         trained = unroll(network, batch, SimpleNamespace(random=lambda: coin), top_k=30)
     for b in range(2):
