@@ -50,7 +50,7 @@ def test_a_group_is_tracked_once_and_earns_the_mean_j_of_its_masks(ray_session, 
 
     actor = SegmenterActor.options(num_cpus=0).remote(located.segmentation)
     run = SimpleNamespace(config=located, draws=draws, actors=SimpleNamespace(segmenters=[actor]))
-    draw = next(d for d in draws.held_out(6) if len(d.target) == 1 and d.episode.num_frames > 8)
+    draw = max((d for d in draws.held_out(6) if len(d.target) == 1), key=lambda d: d.target.masks.sum())
 
     async def scored():
         return await Run.score(run, draw, right_and_wrong(draw), masks=False)
@@ -67,7 +67,7 @@ def test_a_group_is_tracked_once_and_earns_the_mean_j_of_its_masks(ray_session, 
     truth = {a.frame: decode_rle({"size": list(draw.target.image_size), "counts": a.counts}) for a in target.annotations}
     nowhere = np.zeros(draw.target.image_size, bool)
     j = np.mean([mask_iou(decode_rle(expected[t][0]), truth.get(t, nowhere)) for t in range(draw.episode.num_frames)])
-    assert j > 0.6  # the toy SAM2 and XMem do find it
+    assert j > 0.8  # a large shape, which the toy SAM2 and XMem find
     assert group.scores[0].terms["iou"] == pytest.approx(j) and group.video_ious[0] == pytest.approx(j)
     assert group.scores[2].terms["iou"] == 0 and group.scores[1].terms["iou"] < 0.5 * j
     assert held_out_metrics([group])["iou/video"] == pytest.approx(j)
