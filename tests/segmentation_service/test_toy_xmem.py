@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_held_out_j():
-    found = evaluate(Propagator.load(PropagationConfig(checkpoint=str(TOY), size=SIZES[-1])), held_out(6))
+    found = evaluate(Propagator.load(PropagationConfig(checkpoint=str(TOY), size=SIZES[-1])), held_out(12))
     assert found["J"] >= 0.8, found
 
 
