@@ -50,7 +50,6 @@ class ScoredCompletion:
     well_formed: bool = True
     box_iou: float | None = None
     mask_iou: float | None = None
-    video_iou: float | None = None
     prompt_tokens: int = 0
     response_tokens: int = 0
     reasoning_tokens: int = 0
@@ -59,6 +58,7 @@ class ScoredCompletion:
     truncated: bool = False
     staleness: int = 0
     used: bool = True
+    video_iou: float | None = None
 
 
 def completion_metrics(completions: Sequence[ScoredCompletion]) -> dict[str, float]:
