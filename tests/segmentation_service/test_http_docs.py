@@ -1,4 +1,4 @@
-"""The examples of docs/serving_http.md do what they say."""
+"""The examples of README and docs/serving_http.md do what they say."""
 
 import json
 import re
@@ -33,6 +33,9 @@ def test_the_examples_run_and_agree(tmp_path, monkeypatch):
         assert httpx.post(f"{url}/v1/segment", json=body).status_code == 422, "this server does not propagate"
         answer = httpx.post(f"{url}/v1/segment", json={**body, "propagate": False}).json()
         assert [len(masks) for masks in answer["masks"]] == [2] and answer["tracks"] is None
+    assert (np.asarray(Image.open("overlay.png")) == expected).all()
+    (readme,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(readme.replace("clip.mp4", "frames").replace("facebook/sam2.1-hiera-large", str(TOY / "sam2")), {})
     assert (np.asarray(Image.open("overlay.png")) == expected).all()
     changed = (expected != np.asarray(Image.open("frames/000.png"))).any(-1)
     assert 0.6 < changed[44:77, 24:57].mean() and changed.mean() < 0.2
