@@ -218,11 +218,13 @@ def run_through(frames: int) -> dict:
     import resource
     import time
 
+    import psutil
+
     propagator = Propagator.load(PropagationConfig(checkpoint=str(TOY_XMEM), size=0))
     video = Moving(frames, (96, 128))
     for _ in propagator.propagate(video, 0, [video.masks(0)], range(10)):
         pass  # what any video needs, before counting
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = psutil.Process().memory_info().rss / 2**20
     start = time.perf_counter()
     seen = sum(masks.shape[0] for _, _, masks in propagator.propagate(video, 0, [video.masks(0)]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
