@@ -43,6 +43,7 @@ def group_terms(answers: Sequence[Answer], target: Target, config, predicted_mas
         for answer, given in zip(answers, predicted_masks if predicted_masks is not None else [None] * len(answers))
     ]
     accuracy, box_iou = _accuracy(answers, objects, masks, target, config, to_answer, to_target)
+    negative = _negative_points(answers, objects, target, config, to_target) if config.weights.negative_point else None
     out = []
     for i, answer in enumerate(answers):
         weights, row = config.weights, dict(accuracy[i])
@@ -51,7 +52,7 @@ def group_terms(answers: Sequence[Answer], target: Target, config, predicted_mas
         if weights.segmentation_format:
             row["segmentation_format"] = _segmentation_format(answer, len(target))
         if weights.negative_point:
-            row["negative_point"] = _negative_point(answer, objects[i], target, config, to_target)
+            row["negative_point"] = negative[i]
         if weights.no_repeat:
             text = think_text(answer.text) if config.no_repeat_scope == "think" else answer.text
             row["no_repeat"] = terms.no_repeat(text, config.max_repeats)
@@ -71,16 +72,15 @@ def _segmentation_format(answer: Answer, n_true: int) -> float:
     return answer.segmentation_format
 
 
-def _negative_point(answer: Answer, objects, target: Target, config, to_target) -> float:
+def _negative_points(answers: Sequence[Answer], objects, target: Target, config, to_target) -> list[float]:
     union = target.union_HW("negative_point")  # asked for even without points: a missing input must not hide
-    points = [p for one in answer.objects[: len(objects)] for p in one.negative_points]
-    if not points:
-        return 0.0
     graded = config.negative_grading == "graded"
     reach, pitch_yx = config.negative_reach * (config.graded_reach if graded else 1.0), (to_target[1], to_target[0])
     field = target.cached(("taxicab", pitch_yx, reach), lambda: near_field(union, pitch_yx, reach))
-    distances = distance_at(points, field)
-    return terms.negative_points(distances, config.negative_reach, config.negative_grading, config.graded_reach)
+    points = [[p for one in a.objects[: len(mine)] for p in one.negative_points] for a, mine in zip(answers, objects)]
+    distances = iter(distance_at([p for mine in points for p in mine], field).tolist())
+    each = ([next(distances) for _ in mine] for mine in points)
+    return [terms.negative_points(d, config.negative_reach, config.negative_grading, config.graded_reach) for d in each]
 
 
 def _mask_iou(answer: Answer, masks: np.ndarray, target: Target) -> float:
