@@ -114,15 +114,13 @@ def _accuracy(answers, objects, masks, target, config, to_answer, to_target):
 
 def _matched_sums(gain_PN, values_KPN, objects) -> list[np.ndarray]:
     """For each of the K values its sum (G,) over the pairs that `gain` assigns, answer by answer."""
-    owner, rows, columns, start = [], [], [], 0
-    for i, mine in enumerate(objects):
-        matched_rows, matched_columns = matching.assign(gain_PN[start : start + len(mine)])
-        rows.append(matched_rows + start)
-        columns.append(matched_columns)
-        owner += [i] * len(matched_rows)
-        start += len(mine)
-    picked = values_KPN[:, np.concatenate(rows), np.concatenate(columns)]
-    owner = np.array(owner, dtype=np.int64)
+    ends = np.cumsum([len(mine) for mine in objects])
+    starts = ends - [len(mine) for mine in objects]
+    matched = [matching.assign(gain_PN[start:end]) for start, end in zip(starts.tolist(), ends.tolist())]
+    counts = [len(rows) for rows, _ in matched]
+    rows = np.concatenate([rows for rows, _ in matched]) + np.repeat(starts, counts)
+    picked = values_KPN[:, rows, np.concatenate([columns for _, columns in matched])]
+    owner = np.repeat(np.arange(len(objects)), counts)
     return [np.bincount(owner, weights=one, minlength=len(objects)) for one in picked]
 
 
