@@ -45,7 +45,7 @@ def boundary_f(predicted, annotated, void=None, tolerance: float = 0.008):
     radius = _radius(tolerance, height, width)
     pairs = pair.reshape(2, -1, *pair.shape[-2:])
     # One frame at a time stays in the processor's cache, and far from the boundaries there is nothing to match.
-    f = [_f_of_edges(bitmaps.cropped(bitmaps.boundary(pairs[:, i], width)), radius) for i in range(pairs.shape[1])]
+    f = [_f_of_edges(bitmaps.boundary(pairs[:, i], width), radius) for i in range(pairs.shape[1])]
     return _shaped(np.array(f, dtype=np.float64).reshape(shape), shape)
 
 
@@ -156,13 +156,13 @@ def _packed_pair(predicted, annotated, void):
     predicted, annotated = np.asarray(predicted), np.asarray(annotated)
     if predicted.shape != annotated.shape or predicted.ndim < 2 or 0 in predicted.shape[-2:]:
         raise ValueError(f"predicted {predicted.shape} and annotated {annotated.shape} must be equal (..., H, W) shapes")
-    pair = np.stack([predicted, annotated]).astype(bool, copy=False)
+    pair = np.stack([bitmaps.pack(predicted.astype(bool, copy=False)), bitmaps.pack(annotated.astype(bool, copy=False))])
     if void is not None:
-        void = np.asarray(void).astype(bool, copy=False)
+        void = np.asarray(void)
         if void.shape != annotated.shape:
             raise ValueError(f"void {void.shape} must have the shape of the masks, {annotated.shape}")
-        pair = pair & ~void
-    return bitmaps.pack(pair), predicted.shape[:-2], predicted.shape[-2:]
+        pair &= ~bitmaps.pack(void.astype(bool, copy=False))
+    return pair, predicted.shape[:-2], predicted.shape[-2:]
 
 
 def _shaped(values, shape):

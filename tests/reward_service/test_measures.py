@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reward_service import bitmaps
 from reward_service.measures import boundary_f, box_accuracy, ciou, giou, intersection_and_union, j_and_f, jaccard, point_accuracy, robustness
 
 KINDS = ("empty", "full", "one pixel", "corner pixel", "noise", "touches the border", "several objects", "ring")
@@ -47,7 +48,7 @@ def triples(draw):
 
 
 @settings(max_examples=200, deadline=None)
-@given(triples(), st.sampled_from([0.008, 0.05, 1, 4]))
+@given(triples(), st.sampled_from([0.008, 0.05, 1, 4, 20]))
 def test_j_and_f_are_the_davis_evaluators(masks, tolerance):
     predicted, annotated, void = masks
     assert jaccard(predicted, annotated, void) == pytest.approx(plain_measures.jaccard(predicted, annotated, void), abs=1e-12)
@@ -61,6 +62,18 @@ def test_j_and_f_at_480p(kind):
     annotated |= predicted & (rng.random(predicted.shape) < 0.9)
     assert boundary_f(predicted, annotated, void) == pytest.approx(plain_measures.boundary_f(predicted, annotated, void), abs=1e-12)
     assert jaccard(predicted, annotated, void) == pytest.approx(plain_measures.jaccard(predicted, annotated, void), abs=1e-12)
+
+
+@pytest.mark.parametrize("radius", [8, 9, 12, 18, 25, 100])
+def test_every_pixel_of_the_disk(radius):
+    """One pixel near each corner against the plain dilation by the disk."""
+    for y, x in ((0, 0), (3, 129), (59, 1), (58, 126)):
+        mask = np.zeros((60, 130), bool)
+        mask[y, x] = True
+        dilated = bitmaps.dilated(bitmaps.pack(mask), radius)
+        found = np.unpackbits(dilated.view(np.uint8), axis=-1, bitorder="little")[:, :130]
+        yy, xx = np.mgrid[:60, :130]
+        assert (found == ((yy - y) ** 2 + (xx - x) ** 2 <= radius**2)).all()
 
 
 def test_j_and_f_of_a_video():
