@@ -110,6 +110,12 @@ def combination_problems(config: RunConfig) -> list[Problem]:
         "needs masks propagated through the video, which training does not make yet",
         "set it to 0, or use reward.weights.mask_iou",
     )
+    refuse(
+        config.difficulty.is_online and config.difficulty.success == "mask_iou" and not config.reward.needs_predicted_masks,
+        "difficulty.success",
+        "is mask_iou, but no reward term needs masks, so training makes none",
+        "use box_iou, or reward.accuracy_iou=mask or reward.weights.mask_iou above 0",
+    )
     if data.generate == "toy":
         train, made = PurePath(data.train), PurePath(data.train).parent / "valid_u"
         refuse(train.name != "train", "data.train", f"'{train}' with data.generate=toy must end in /train", "for example data/toy/train")

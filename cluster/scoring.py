@@ -14,6 +14,7 @@ import numpy as np
 
 import reward_service
 from reward_service import Answer, RewardConfig, Score, Target, parse_answer
+from reward_service.difficulty import OnlineDifficulty, success_rate
 from reward_service.length import difficulty_class
 from reward_service.matching import assign, box_iou_matrix
 from reward_service.terms import union_iou
@@ -29,17 +30,20 @@ SegmentGroup = Callable[[np.ndarray, list[list[ObjectPrompt]]], Awaitable[list[l
 @dataclass(frozen=True)
 class ScoredGroup:
     """G completions of one draw, their answers in pixels of the original frame, their masks (RLEs, one an object) and
-    scores. `failure` says why the group could not be scored; then `masks` and `scores` are None."""
+    scores. `difficulty` is the one that set the length budget (None: unknown), `success_rate` the group's share of successes
+    where difficulty is estimated online. `failure` says why the group could not be scored; then `masks` and `scores` are None."""
 
     draw: Draw
     completions: tuple[Completion, ...]
     answers: tuple[Answer, ...]
     reasoning_tokens: tuple[int, ...]
+    difficulty: float | None
     difficulty_class: str
     masks: tuple[list[dict], ...] | None = None
     scores: tuple[Score, ...] | None = None
     box_ious: tuple[float, ...] = ()
     mask_ious: tuple[float, ...] = ()
+    success_rate: float | None = None
     failure: str | None = None
 
     @property
@@ -56,13 +60,14 @@ async def score_group(
     segment: SegmentGroup | None,
     tries: int = 3,
     timeout_seconds: float = 120.0,
+    online: OnlineDifficulty | None = None,
 ) -> ScoredGroup:
-    """The group with its scores. `segment` may be None where no active term needs masks."""
+    """The group with its scores. `segment` may be None where no active term needs masks. With `online` the difficulty is what it
+    makes of the episode's rating and this group's success."""
     prompt = draw.prompt
     answers = tuple(parse_answer(c.text).to_frame(prompt.units, prompt.policy_hw, prompt.frame_hw) for c in completions)
-    rated = draw.episode.difficulty
-    level = difficulty_class(config.length.default_difficulty if rated is None else rated, config.length)
-    group = ScoredGroup(draw, tuple(completions), answers, tuple(reasoning_tokens), level)
+    difficulty = draw.episode.difficulty
+    group = ScoredGroup(draw, tuple(completions), answers, tuple(reasoning_tokens), difficulty, _level(difficulty, config))
     masks = None
     if segment is not None:
         for attempt in range(tries):
@@ -74,17 +79,30 @@ async def score_group(
                     return replace(group, failure=f"segmentation failed {tries} times, last: {type(error).__name__}: {error}")
                 await asyncio.sleep(0.5 * 2**attempt)
     decoded = None if masks is None else [_decode(m, draw.target.image_size) for m in masks]
-    scores = reward_service.score_group(
-        answers, draw.target, config, difficulty=rated, lengths=list(reasoning_tokens), predicted_masks=decoded
-    )
     truth = np.asarray(draw.target.masks, bool).any(0)
+    box_ious = tuple(mean_box_iou(a, draw.target) for a in answers)
+    mask_ious = () if decoded is None else tuple(union_iou(m.any(0), truth) for m in decoded)
+    success = None
+    if online is not None:
+        success = success_rate(mask_ious if online.config.success == "mask_iou" else box_ious, online.config.success_above)
+        difficulty = online.difficulty(draw.episode.episode_id, difficulty, success)
+    scores = reward_service.score_group(
+        answers, draw.target, config, difficulty=difficulty, lengths=list(reasoning_tokens), predicted_masks=decoded
+    )
     return replace(
         group,
+        difficulty=difficulty,
+        difficulty_class=_level(difficulty, config),
+        success_rate=success,
         masks=None if masks is None else tuple(masks),
         scores=tuple(scores),
-        box_ious=tuple(mean_box_iou(a, draw.target) for a in answers),
-        mask_ious=() if decoded is None else tuple(union_iou(m.any(0), truth) for m in decoded),
+        box_ious=box_ious,
+        mask_ious=mask_ious,
     )
+
+
+def _level(difficulty: float | None, config: RewardConfig) -> str:
+    return difficulty_class(config.length.default_difficulty if difficulty is None else difficulty, config.length)
 
 
 def object_prompts(answer: Answer) -> list[ObjectPrompt]:
