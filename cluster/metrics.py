@@ -5,7 +5,7 @@ Names (a `*` stands for a term, stage, class or service):
     reward/mean reward/std reward/term/*                 iou/box iou/mask
     length/response length/reasoning length/truncated_fraction
     length/factor length/factor/{easy,medium,hard} length/penalised_fraction
-    difficulty/mean difficulty/success_rate
+    difficulty/mean difficulty/success_rate              length/uncertainty
     answers/invalid_fraction                             groups/zero_variance_fraction groups/used groups/dropped
     kl/reference                                         mismatch/{kl,logprob_diff,prob_error,largest}
     clip/low_fraction clip/high_fraction                 learner/grad_norm learner/loss learner/lr
@@ -58,6 +58,7 @@ class ScoredCompletion:
     difficulty: float | None = None
     difficulty_class: str | None = None
     success_rate: float | None = None
+    uncertainty: float | None = None
     truncated: bool = False
     staleness: int = 0
     used: bool = True
@@ -88,6 +89,7 @@ def completion_metrics(completions: Sequence[ScoredCompletion]) -> dict[str, flo
         mean(f"length/factor/{difficulty}", [c.length_factor for c in scored if c.difficulty_class == difficulty])
     mean("difficulty/mean", [c.difficulty for c in scored if c.difficulty is not None])
     mean("difficulty/success_rate", [c.success_rate for c in scored if c.success_rate is not None])
+    mean("length/uncertainty", [c.uncertainty for c in scored if c.uncertainty is not None])
     mean("answers/invalid_fraction", [not c.well_formed for c in scored])
     out |= group_metrics(completions)
     out["tokens/prompt"] = float(sum(c.prompt_tokens for c in completions))

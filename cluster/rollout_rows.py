@@ -50,6 +50,7 @@ def scored_completions(groups: Sequence[ScoredGroup], version: int) -> list[Scor
             difficulty=g.difficulty,
             difficulty_class=g.difficulty_class,
             success_rate=g.success_rate,
+            uncertainty=g.uncertainties[i] if g.uncertainties else None,
             truncated=c.finish_reason == "length",
             staleness=version - min(int(v) for v, _ in c.weight_versions),
             used=g.failure is None,

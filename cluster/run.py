@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ class Run:
             draws = await self.next_draws()
         with self.stage("rollout"):
             log_masks = self.config.loop.log_masks_every and (self.step + 1) % self.config.loop.log_masks_every == 0
-            return await self.answer(draws, rollout.group_size, rollout.sampling(), bool(log_masks), self.online)
+            return await self.answer(draws, rollout.group_size, self.sampling(), bool(log_masks), self.online)
 
     async def next_draws(self) -> list[Draw]:
         """This step's draws; those of the next step are decoded in the background meanwhile."""
@@ -133,6 +133,11 @@ class Run:
         think_tokens = [len(tokenizer(think_text(c.text), add_special_tokens=False)["input_ids"]) for c in completions]
         return await score_group(draw, completions, think_tokens, config.reward, segment, config.loop.score_tries, config.loop.score_seconds, online)
 
+    def sampling(self) -> SamplingConfig:
+        """How completions are drawn, with the two largest log-probs where a reward term asks how uncertain the policy was."""
+        sampling = self.config.rollout.sampling()
+        return replace(sampling, top_logprobs=2) if self.config.reward.needs_uncertainty else sampling
+
     async def sync(self, version: int) -> dict[str, float]:
         return await sync_weights(self.actors, version, self.config)
 
@@ -140,7 +145,7 @@ class Run:
         """One greedy answer to each held-out episode; the answers are kept in `evaluations/`, the means as `eval/*`."""
         with self.stage("evaluate"):
             draws = await asyncio.to_thread(self.held_out.held_out, self.config.eval.episodes)
-            groups = await self.answer(draws, 1, self.config.rollout.sampling().greedy(), masks=True)
+            groups = await self.answer(draws, 1, self.sampling().greedy(), masks=True)
         values = held_out_metrics(groups)
         rollout_log.write_rollouts(self.folder.path / "evaluations", self.step, rollout_rows(self.step, groups, {}, self.processor))
         self.metrics.write(self.step, {f"eval/{name}": value for name, value in values.items()})

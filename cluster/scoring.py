@@ -14,7 +14,7 @@ import numpy as np
 
 import reward_service
 from reward_service import Answer, RewardConfig, Score, Target, parse_answer
-from reward_service.difficulty import OnlineDifficulty, success_rate
+from reward_service.difficulty import OnlineDifficulty, success_rate, uncertainty
 from reward_service.length import difficulty_class
 from reward_service.matching import assign, box_iou_matrix
 from reward_service.terms import union_iou
@@ -31,7 +31,7 @@ SegmentGroup = Callable[[np.ndarray, list[list[ObjectPrompt]]], Awaitable[list[l
 class ScoredGroup:
     """G completions of one draw, their answers in pixels of the original frame, their masks (RLEs, one an object) and
     scores. `difficulty` is the one that set the length budget (None: unknown), `success_rate` the group's share of successes
-    where difficulty is estimated online. `failure` says why the group could not be scored; then `masks` and `scores` are None."""
+    where difficulty is estimated online, `uncertainties` are there if a budget depends on them. `failure` says why the group could not be scored; then `masks` and `scores` are None."""
 
     draw: Draw
     completions: tuple[Completion, ...]
@@ -44,6 +44,7 @@ class ScoredGroup:
     box_ious: tuple[float, ...] = ()
     mask_ious: tuple[float, ...] = ()
     success_rate: float | None = None
+    uncertainties: tuple[float, ...] = ()
     failure: str | None = None
 
     @property
@@ -86,8 +87,15 @@ async def score_group(
     if online is not None:
         success = success_rate(mask_ious if online.config.success == "mask_iou" else box_ious, online.config.success_above)
         difficulty = online.difficulty(draw.episode.episode_id, difficulty, success)
+    uncertainties = tuple(uncertainty(c.top_logprobs) for c in completions) if config.needs_uncertainty else ()
     scores = reward_service.score_group(
-        answers, draw.target, config, difficulty=difficulty, lengths=list(reasoning_tokens), predicted_masks=decoded
+        answers,
+        draw.target,
+        config,
+        difficulty=difficulty,
+        uncertainties=uncertainties or None,
+        lengths=_lengths(completions, reasoning_tokens, config.length.unit),
+        predicted_masks=decoded,
     )
     return replace(
         group,
@@ -98,7 +106,15 @@ async def score_group(
         scores=tuple(scores),
         box_ious=box_ious,
         mask_ious=mask_ious,
+        uncertainties=uncertainties,
     )
+
+
+def _lengths(completions: Sequence[Completion], reasoning_tokens: Sequence[int], unit: str) -> list[int] | None:
+    """What the length penalty counts; None for words, which the reward service counts itself."""
+    if unit == "think_tokens":
+        return list(reasoning_tokens)
+    return [len(c.token_ids) for c in completions] if unit == "response_tokens" else None
 
 
 def _level(difficulty: float | None, config: RewardConfig) -> str:

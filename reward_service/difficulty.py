@@ -92,8 +92,8 @@ def success_rate(ious: Sequence[float], above: float) -> float:
 def uncertainty(top_two_logprobs: Sequence[Sequence[float]]) -> float:
     """PixelThink's uncertainty of a completion: the mean over its tokens of 1 - (p1 - p2), each in 0..1.
 
-    top_two_logprobs: per generated token the natural log-probabilities of the most likely token and the one after it (-inf: there
-    is none), in any order; further columns must not be there. A completion without tokens has uncertainty 0 (ours).
+    top_two_logprobs: (T, 2), per generated token the natural log-probabilities of the most likely token and the one after it (-inf:
+    there is none). A completion without tokens has uncertainty 0 (ours).
     """
     gaps = [abs(math.exp(first) - math.exp(second)) for first, second in top_two_logprobs]
     return sum(min(1.0, max(0.0, 1.0 - gap)) for gap in gaps) / len(gaps) if gaps else 0.0
