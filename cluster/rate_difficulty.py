@@ -13,8 +13,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,7 +118,7 @@ async def _rate_all(episodes: Sequence[Episode], config: RatingConfig, cache: Ca
             counts["cached"] += 1
         else:
             if key not in asked:  # the same question twice in a shard is asked once
-                asked[key] = asyncio.ensure_future(ask(key, episode))
+                asked[key] = group.create_task(ask(key, episode))
             if not await asked[key]:
                 counts["unrated"] += 1
                 return replace(episode, difficulty=None)
@@ -141,21 +140,16 @@ async def _rate_all(episodes: Sequence[Episode], config: RatingConfig, cache: Ca
         return True
 
     failures: list[str] = []
-    async with _client(config) as client:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(e)) for e in episodes]
-    return [task.result() for task in tasks]
-
-
-@asynccontextmanager
-async def _client(config: RatingConfig) -> AsyncIterator[httpx.AsyncClient]:
-    """An HTTP client; a single error out of the tasks inside, instead of a group of them."""
     headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
     try:
         async with httpx.AsyncClient(base_url=config.endpoint.rstrip("/"), headers=headers, timeout=config.timeout_seconds) as client:
-            yield client
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(e)) for e in episodes]
     except* UserError as errors:
-        raise errors.exceptions[0] from None
+        stopped = errors.exceptions[0]
+    else:
+        return [task.result() for task in tasks]
+    raise stopped
 
 
 async def _ask(client: httpx.AsyncClient, episode: Episode, config: RatingConfig) -> dict[str, float]:
