@@ -7,7 +7,7 @@ Questions, all by default (`--only NAME ...`):
     xmem           XMem against a plain one (plain_xmem.py): 1 and 3 objects at 240x432 (r = 5), 3 objects at 480x854 (r = 1, 16 frames in memory)
     memory_read    reading XMem's memory against the dense form, same memory
     objects        frames a second of XMem for 1, 3 and 8 objects at 240x432 (r = 5)
-    hypotheses     the cost of G = 1, 2, 4, 8, 16 hypotheses of one object relative to one, and of eight against eight runs
+    hypotheses     the cost of G = 1, 2, 4, 8, 16 hypotheses of one object relative to one, and of eight against eight runs (240x432, r = 5)
     sam2           G = 8 answers about one frame: one call an answer, as peers do it, against one call for the group
     length         peak memory against the length of the video: 60, 600, 2,500 and 6,000 frames through the toy XMem
 
@@ -64,7 +64,7 @@ class Moving:
     def frame(self, i: int) -> np.ndarray:
         frame = self.noise.copy()
         for n, mask in enumerate(self.masks(i)):
-            frame[mask] = (60 + 190 * (n % 2), 60 + 23 * n, 250 - 20 * n)
+            frame[mask] = (60 + 190 * (n % 2), 60 + 12 * n, 250 - 15 * n)
         return frame
 
     def image(self, i: int) -> torch.Tensor:
@@ -146,7 +146,7 @@ def objects() -> dict:
 
 
 def hypotheses() -> dict:
-    prepared, frames = official_xmem().for_inference(), 11
+    prepared, frames = official_xmem().for_inference(), 6
     video = Moving(frames, (240, 432), 16)
     images, masks = [video.image(i) for i in range(frames)], torch.from_numpy(video.masks(0)).float()
 

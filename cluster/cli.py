@@ -146,14 +146,31 @@ def bench(options: argparse.Namespace) -> None:
         raise UserError(f"the benchmark {options.name} ended with status {done.returncode}", "see what it printed above")
 
 
+def serve_segmentation(options: argparse.Namespace) -> None:
+    """Serve SAM2 and the propagation of its masks to other programs, by HTTP."""
+    from cluster import config_dump, serve_command
+
+    file, overrides = _file_and_overrides(options)
+    settings = serve_command.load_settings(file, overrides, paths=not options.show)
+    if options.show:
+        print(config_dump.dump_yaml(settings), end="")
+    else:
+        serve_command.serve_segmentation(settings)
+
+
 def _recipe_and_overrides(options: argparse.Namespace) -> tuple[str, list[str]]:
+    file, overrides = _file_and_overrides(options)
+    return file or DEFAULT_RECIPE, overrides
+
+
+def _file_and_overrides(options: argparse.Namespace) -> tuple[str | None, list[str]]:
     """CONFIG may be left out, so the first argument is an override if it has an equals sign."""
     given = list(options.settings)
-    recipe = given.pop(0) if given and "=" not in given[0] else DEFAULT_RECIPE
+    file = given.pop(0) if given and "=" not in given[0] else None
     stray = [g for g in given if "=" not in g]
     if stray:
         raise UserError(f"'{stray[0]}' is not a setting", "give one CONFIG, then key=value settings without spaces round the equals sign")
-    return recipe, given
+    return file, given
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -184,6 +201,14 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(commands, "bench", bench, "videoseg bench segmentation --json segmentation.json", more)
     command.add_argument("name", metavar="NAME", help="a script in benchmarks/, such as segmentation")
     command.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+    services = commands.add_parser("serve", help="Serve a part of the system to other programs.", description="Serve a part of the system to other programs.")
+    kinds = services.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    rule = "Runs until Ctrl-C. A bearer token is read from the environment, VIDEOSEG_TOKEN; beyond this machine it is required."
+    example = "videoseg serve segmentation segmentation.checkpoint=facebook/sam2.1-hiera-large 'roots=[videos]'"
+    command = _add(kinds, "segmentation", serve_segmentation, example, rule)
+    command.add_argument("settings", metavar="[CONFIG] key=value", nargs="*", help="YAML file of settings, and changes to it")
+    command.add_argument("--show", action="store_true", help="print the settings with their meaning, and end")
 
     data = commands.add_parser("data", help="Make or import episodes.", description="Make or import episodes.")
     kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -43,11 +43,11 @@ def read_settings(file: str | Path | None, overrides: Sequence[str] = ()) -> tup
     return plain, sources
 
 
-def config_error(problems: Sequence[Problem]) -> ConfigError:
-    """One error that lists every problem."""
+def config_error(problems: Sequence[Problem], command: str = "videoseg config") -> ConfigError:
+    """One error that lists every problem; the command is the one that prints the settings."""
     first = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     lines = "".join(f"\n  {p}" for p in problems)
-    return ConfigError(f"the configuration has {first}:{lines}", "mend the file or the override; `videoseg config` prints every key with its meaning")
+    return ConfigError(f"the configuration has {first}:{lines}", f"mend the file or the override; `{command}` prints every key with its meaning")
 
 
 def find_recipe(name: str | Path) -> Path:

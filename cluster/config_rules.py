@@ -105,16 +105,22 @@ def combination_problems(config: RunConfig) -> list[Problem]:
         "set policy.dtype, learner.dtype and segmentation.dtype to float32 (or auto on a CPU), or loop.deterministic=false",
     )
     refuse(
-        config.reward.needs_video_masks,
+        config.reward.weights.video_iou > 0,
         "reward.weights.video_iou",
-        "needs masks propagated through the video, which training does not make yet",
-        "set it to 0, or use reward.weights.mask_iou",
+        "needs answers that name their key frame, which training does not ask for",
+        "set it to 0, or use reward.accuracy_iou=video with a formula that has it",
     )
     refuse(
-        config.difficulty.is_online and config.difficulty.success == "mask_iou" and not config.reward.needs_predicted_masks,
+        config.reward.needs_video_masks and config.segmentation.propagation.checkpoint is None,
+        "reward.accuracy_iou",
+        "is video, which needs masks propagated through the video, and segmentation.propagation.checkpoint is null",
+        "set that to weights such as XMem.pth or examples/toy/models/xmem, or use reward.accuracy_iou=mask",
+    )
+    refuse(
+        config.difficulty.is_online and config.difficulty.success == "mask_iou" and not (config.reward.needs_predicted_masks or config.reward.needs_video_masks),
         "difficulty.success",
         "is mask_iou, but no reward term needs masks, so training makes none",
-        "use box_iou, or reward.accuracy_iou=mask or reward.weights.mask_iou above 0",
+        "use box_iou, or reward.accuracy_iou=mask or video, or reward.weights.mask_iou above 0",
     )
     if data.generate == "toy":
         train, made = PurePath(data.train), PurePath(data.train).parent / "valid_u"

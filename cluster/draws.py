@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reward_service import Target
+from reward_service import FrameTarget, Target
 from rollout.episodes import Episode, fingerprint, read_episodes
 from rollout.frames import check_frames, load_frames
 from rollout.order import episode_at, target_frame_at, uniform_frames
 from rollout.prompts import Prompt, PromptBuilder
+from segmentation_service.video import FramesInMemory, ImageFolder, Video
 
 from cluster.config import RunConfig
 from cluster.errors import DataError
@@ -23,12 +24,13 @@ from cluster.sections import DataConfig
 
 @dataclass(frozen=True)
 class Draw:
-    """One episode to answer. `frame` is the target frame at its original size: uint8 (H, W, 3)."""
+    """One episode to answer. `frame` is the target frame at its original size: uint8 (H, W, 3); `video` all frames, unread."""
 
     position: int
     episode: Episode
     prompt: Prompt
     frame: np.ndarray
+    video: Video
     target: Target
 
 
@@ -77,13 +79,14 @@ class Draws:
         frames = load_frames(episode.video_path, [*shown, t])
         if (found := frames[t].shape[:2]) != (episode.height, episode.width):
             raise DataError(f"{episode.video_path}: frames are {found}, the episode says {(episode.height, episode.width)}", "import the data set again")
-        query = episode.query
+        query, video = episode.query, ImageFolder(episode.video_path.absolute())
         if self.data.control == "shuffled_queries":
             query = self._foreign_query(position, episode)
         elif self.data.control == "blank_frames":
             frames = {i: np.full_like(frame, 127) for i, frame in frames.items()}
+            video = FramesInMemory([frames[t]] * episode.num_frames)
         prompt = self.builder.build(episode.episode_id, query, frames, shown, t, episode.fps)
-        return Draw(position, episode, prompt, frames[t], target_of(episode, t))
+        return Draw(position, episode, prompt, frames[t], video, target_of(episode, t))
 
     def _foreign_query(self, position: int, episode: Episode) -> str:
         rng = np.random.default_rng([self.seed, position, 2])
@@ -94,12 +97,15 @@ class Draws:
 
 
 def target_of(episode: Episode, t: int) -> Target:
-    """The truth on frame t, in pixels of the original frame."""
-    visible = episode.visible(t)
+    """The truth about the targets that can be seen on frame t: there, and their masks on all annotated frames."""
+    visible, size = episode.visible(t), [episode.height, episode.width]
+    tracks = [{a.frame: {"size": size, "counts": a.counts} for a in o.annotations} for o in episode.objects]
+    tracks = [track for track in tracks if t in track]
     return Target(
         image_size=(episode.height, episode.width),
         boxes=[list(a.box) for a in visible],
         points=[[list(a.point)] for a in visible],
         masks=episode.masks(t),
+        frames={f: FrameTarget(masks=[track.get(f) for track in tracks]) for f in episode.annotated_frames},
     )
 

@@ -10,7 +10,7 @@ from cluster.scoring import ScoredGroup
 
 
 def held_out_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Means over episodes: reward, box and mask IoU (also by difficulty class), length, share of well-formed answers.
+    """Means over episodes: reward, box, mask and video IoU (boxes also by difficulty class), length, share of well-formed answers.
 
     Raises RuntimeError if an episode could not be scored: a mean over some of the episodes cannot be compared.
     """
@@ -28,6 +28,8 @@ def held_out_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         add(f"iou/box/{g.difficulty_class}", g.box_ious[0])
         if g.mask_ious:
             add("iou/mask", g.mask_ious[0])
+        if g.video_ious:
+            add("iou/video", g.video_ious[0])
         add("length/response", len(g.completions[0].token_ids))
         add("well_formed", g.answers[0].well_formed)
     return {name: float(np.mean(values)) for name, values in columns.items()}

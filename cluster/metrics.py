@@ -2,7 +2,7 @@
 
 Names (a `*` stands for a term, stage, class or service):
 
-    reward/mean reward/std reward/term/*                 iou/box iou/mask
+    reward/mean reward/std reward/term/*                 iou/box iou/mask iou/video
     length/response length/reasoning length/truncated_fraction
     length/factor length/factor/{easy,medium,hard} length/penalised_fraction
     difficulty/mean difficulty/success_rate              length/uncertainty
@@ -41,7 +41,8 @@ class ScoredCompletion:
 
     `scored` is False if scoring failed (its numbers then count nowhere but in `failures/*` and `groups/*`).
     `well_formed` is False if no answer could be parsed. IoUs are those of the answer with the ground truth, 0..1, None if
-    not computed. `difficulty` and `success_rate` are the group's, None where unknown or not estimated. `staleness` counts the weight versions between generation and training.
+    not computed. `difficulty` and `success_rate` are the group's, None where unknown or not estimated. `staleness` counts the
+    weight versions between generation and training.
     """
 
     group: int
@@ -55,13 +56,14 @@ class ScoredCompletion:
     response_tokens: int = 0
     reasoning_tokens: int = 0
     length_factor: float = 1.0
-    difficulty: float | None = None
     difficulty_class: str | None = None
-    success_rate: float | None = None
-    uncertainty: float | None = None
     truncated: bool = False
     staleness: int = 0
     used: bool = True
+    video_iou: float | None = None
+    difficulty: float | None = None
+    success_rate: float | None = None
+    uncertainty: float | None = None
 
 
 def completion_metrics(completions: Sequence[ScoredCompletion]) -> dict[str, float]:
@@ -80,6 +82,7 @@ def completion_metrics(completions: Sequence[ScoredCompletion]) -> dict[str, flo
         mean(f"reward/term/{term}", [c.terms[term] for c in scored if term in c.terms])
     mean("iou/box", [c.box_iou for c in scored if c.box_iou is not None])
     mean("iou/mask", [c.mask_iou for c in scored if c.mask_iou is not None])
+    mean("iou/video", [c.video_iou for c in scored if c.video_iou is not None])
     mean("length/response", [c.response_tokens for c in completions])
     mean("length/reasoning", [c.reasoning_tokens for c in scored])
     mean("length/truncated_fraction", [c.truncated for c in completions])

@@ -7,7 +7,6 @@ The sizes come from the configuration, so a laptop and a node of GPUs differ in 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,7 @@ from rollout.actor import RolloutEngineActor
 from segmentation_service.actor import SegmenterActor
 
 from cluster.config import RunConfig
-from cluster.errors import RunFailed, UserError
-from cluster.sections import ClusterConfig
+from cluster.errors import RunFailed
 
 
 # The parts take turns on a CPU: threads that spin while they wait (OpenMP's default) would take it from the one at work.
@@ -37,27 +35,6 @@ class Actors:
     engines: tuple[Any, ...]
     segmenters: tuple[Any, ...]
     learners: tuple[Any, ...]
-
-
-def join_cluster(config: ClusterConfig) -> bool:
-    """Connects to a cluster, or starts a local one; True if it was started here."""
-    if ray.is_initialized():
-        return False
-    options = dict(log_to_driver=False, logging_level="ERROR", namespace="videoseg")
-    wanted = config.address or os.environ.get("RAY_ADDRESS")
-    if wanted != "local":
-        try:
-            ray.init(address=wanted or "auto", **options)
-            return False
-        except ConnectionError as error:
-            if wanted:
-                raise UserError(
-                    f"no Ray cluster answers at {wanted}: {error}",
-                    "start one with `ray start --head`, correct cluster.address, or use cluster.address=local",
-                ) from error
-    store, cpus = int(config.object_store_gb * 2**30), max(2, os.cpu_count() or 1)
-    ray.init(address="local", include_dashboard=False, object_store_memory=store, num_cpus=cpus, **options)
-    return True
 
 
 def bundles(config: RunConfig) -> list[tuple[str, dict[str, float]]]:

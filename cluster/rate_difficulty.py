@@ -162,7 +162,6 @@ async def _ask(client: httpx.AsyncClient, episode: Episode, config: RatingConfig
     for attempt in range(config.tries):
         if attempt:
             await asyncio.sleep(config.first_pause_seconds * 2 ** (attempt - 1))
-            body["temperature"] = 0.7  # the greedy reply would be the same again
         try:
             response = await client.post("/chat/completions", json=body)
             if response.status_code in (401, 403, 404):
@@ -174,6 +173,7 @@ async def _ask(client: httpx.AsyncClient, episode: Episode, config: RatingConfig
             cause = f"status {response.status_code}: {response.text[:300]}"
         except BadReply as error:
             cause = str(error)
+            body["temperature"] = 0.7  # the greedy reply would be the same again
         except httpx.HTTPError as error:
             cause = f"{type(error).__name__}: {error}"
     raise Unrated(f"{config.tries} tries, last: {cause}")

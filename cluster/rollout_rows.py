@@ -43,6 +43,7 @@ def scored_completions(groups: Sequence[ScoredGroup], version: int) -> list[Scor
             well_formed=g.answers[i].well_formed,
             box_iou=g.box_ious[i] if g.box_ious else None,
             mask_iou=g.mask_ious[i] if g.mask_ious else None,
+            video_iou=g.video_ious[i] if g.video_ious else None,
             prompt_tokens=len(g.draw.prompt.token_ids),
             response_tokens=len(c.token_ids),
             reasoning_tokens=g.reasoning_tokens[i],

@@ -128,10 +128,15 @@ class Run:
     async def score(self, draw: Draw, completions: list, masks: bool, online: OnlineDifficulty | None) -> ScoredGroup:
         config = self.config
         segmenter = self.actors.segmenters[draw.position % len(self.actors.segmenters)]
-        segment = segmenter.segment_group.remote if masks or config.reward.needs_predicted_masks else None
+        video = config.reward.needs_video_masks
+        segment = segmenter.segment_group.remote if masks or video or config.reward.needs_predicted_masks else None
+        propagate = segmenter.propagate_group.remote if video else None
         tokenizer = self.draws.builder.tokenizer
         think_tokens = [len(tokenizer(think_text(c.text), add_special_tokens=False)["input_ids"]) for c in completions]
-        return await score_group(draw, completions, think_tokens, config.reward, segment, config.loop.score_tries, config.loop.score_seconds, online)
+        loop = config.loop
+        return await score_group(
+            draw, completions, think_tokens, config.reward, segment, propagate, loop.score_tries, loop.score_seconds, online
+        )
 
     def sampling(self) -> SamplingConfig:
         """How completions are drawn, with the two largest log-probs where a reward term asks how uncertain the policy was."""

@@ -1,4 +1,4 @@
-"""Scoring a group where it arrives: parse the answers, ask for masks once per group, compute the rewards.
+"""Scoring a group where it arrives: parse the answers, ask for masks (and tracks) once per group, compute the rewards.
 
 A completion that cannot be parsed earns what the terms give it. A group whose scoring fails (segmenter dead, time-out) is
 tried again with back-off and then marked invalid: it is never a reward of 0.
@@ -19,12 +19,15 @@ from reward_service.length import difficulty_class
 from reward_service.matching import assign, box_iou_matrix
 from reward_service.terms import union_iou
 from rollout.engine import Completion
+from rollout.episodes import Episode
 from segmentation_service.masks import decode_rle
 from segmentation_service.segmenter import ObjectPrompt
+from segmentation_service.video import Video
 
 from cluster.draws import Draw
 
 SegmentGroup = Callable[[np.ndarray, list[list[ObjectPrompt]]], Awaitable[list[list[dict]]]]
+PropagateGroup = Callable[[Video, int, list[list[dict]], list[int]], Awaitable[list[dict[int, list[dict]]]]]
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class ScoredGroup:
     scores: tuple[Score, ...] | None = None
     box_ious: tuple[float, ...] = ()
     mask_ious: tuple[float, ...] = ()
+    video_ious: tuple[float, ...] = ()
     success_rate: float | None = None
     uncertainties: tuple[float, ...] = ()
     failure: str | None = None
@@ -59,26 +63,27 @@ async def score_group(
     reasoning_tokens: Sequence[int],
     config: RewardConfig,
     segment: SegmentGroup | None,
+    propagate: PropagateGroup | None = None,
     tries: int = 3,
     timeout_seconds: float = 120.0,
     online: OnlineDifficulty | None = None,
 ) -> ScoredGroup:
-    """The group with its scores. `segment` may be None where no active term needs masks. With `online` the difficulty is what it
-    makes of the episode's rating and this group's success."""
+    """The group with its scores. `segment` may be None where no active term needs masks, `propagate` where none needs them on
+    the annotated frames of the video; it is given the masks of `segment`. With `online` the difficulty is what it makes of the
+    episode's rating and this group's success."""
     prompt = draw.prompt
     answers = tuple(parse_answer(c.text).to_frame(prompt.units, prompt.policy_hw, prompt.frame_hw) for c in completions)
     difficulty = draw.episode.difficulty
     group = ScoredGroup(draw, tuple(completions), answers, tuple(reasoning_tokens), difficulty, _level(difficulty, config))
-    masks = None
-    if segment is not None:
-        for attempt in range(tries):
-            try:
-                masks = await asyncio.wait_for(segment(draw.frame, [object_prompts(a) for a in answers]), timeout_seconds)
-                break
-            except Exception as error:  # whatever the service raised is the cause that the run reports
-                if attempt == tries - 1:
-                    return replace(group, failure=f"segmentation failed {tries} times, last: {type(error).__name__}: {error}")
-                await asyncio.sleep(0.5 * 2**attempt)
+    masks = tracks = None
+    annotated = sorted(draw.episode.annotated_frames)
+    try:
+        if segment is not None:
+            masks = await _retried(lambda: segment(draw.frame, [object_prompts(a) for a in answers]), tries, timeout_seconds)
+        if propagate is not None:
+            tracks = await _retried(lambda: propagate(draw.video, prompt.target_frame, masks, annotated), tries, timeout_seconds)
+    except Exception as error:  # whatever the service raised is the cause that the run reports
+        return replace(group, failure=f"segmentation failed {tries} times, last: {type(error).__name__}: {error}")
     decoded = None if masks is None else [_decode(m, draw.target.image_size) for m in masks]
     truth = np.asarray(draw.target.masks, bool).any(0)
     box_ious = tuple(mean_box_iou(a, draw.target) for a in answers)
@@ -95,7 +100,7 @@ async def score_group(
         difficulty=difficulty,
         uncertainties=uncertainties or None,
         lengths=_lengths(completions, reasoning_tokens, config.length.unit),
-        predicted_masks=decoded,
+        predicted_masks=tracks if config.needs_video_masks else decoded,
     )
     return replace(
         group,
@@ -106,8 +111,19 @@ async def score_group(
         scores=tuple(scores),
         box_ious=box_ious,
         mask_ious=mask_ious,
+        video_ious=() if tracks is None else mean_video_ious(tracks, draw.episode),
         uncertainties=uncertainties,
     )
+
+
+async def _retried(call: Callable[[], Awaitable], tries: int, timeout_seconds: float):
+    for attempt in range(tries):
+        try:
+            return await asyncio.wait_for(call(), timeout_seconds)
+        except Exception:
+            if attempt == tries - 1:
+                raise
+            await asyncio.sleep(0.5 * 2**attempt)
 
 
 def _lengths(completions: Sequence[Completion], reasoning_tokens: Sequence[int], unit: str) -> list[int] | None:
@@ -141,6 +157,15 @@ def mean_box_iou(answer: Answer, target: Target) -> float:
         return 1.0
     iou = box_iou_matrix(boxes, truth)
     return float(iou[assign(iou)].sum() / max(len(boxes), len(truth)))
+
+
+def mean_video_ious(tracks: Sequence[dict[int, list[dict]]], episode: Episode) -> tuple[float, ...]:
+    """For each answer the mean over the annotated frames of J: the union of its masks against that of all the query's targets."""
+    size, totals = (episode.height, episode.width), np.zeros(len(tracks))
+    for t in episode.annotated_frames:
+        truth = episode.masks(t).any(0)
+        totals += [union_iou(_decode(track[t], size).any(0), truth) for track in tracks]
+    return tuple((totals / len(episode.annotated_frames)).tolist())
 
 
 def _decode(rles: Sequence[dict], hw: tuple[int, int]) -> np.ndarray:

@@ -18,8 +18,9 @@ from cluster.config import RunConfig
 from cluster.draws import Draws
 from cluster.errors import CheckpointError, RunFailed
 from cluster.metrics import completion_metrics
-from cluster.placement import gather, join_cluster
+from cluster.placement import gather
 from cluster.progress import Progress
+from cluster.ray_cluster import join_cluster
 from cluster.rollout_rows import learner_metrics, samples_of, scored_completions
 from cluster.run import Run
 from cluster.run_folder import RunFolder

@@ -88,7 +88,10 @@ class RewardConfig:
     mask_iou_threshold: float = option(0.5, "the mask_iou term counts above this, strictly", OURS, min=0.0, max=1.0)
 
     accuracy_iou: str = option(
-        "box", "overlap in the iou term: boxes, or SAM2's masks on the target frame", VISION_REASONER, choices=("box", "mask")
+        "box",
+        "overlap in the iou term: boxes, SAM2's masks on the target frame, or those masks propagated: mean J over the annotated frames",
+        VISION_REASONER,
+        choices=("box", "mask", "video"),
     )
     iou_grading: str = grading("iou")
     box_l1_grading: str = grading("box_l1")
@@ -117,6 +120,11 @@ class RewardConfig:
             raise ValueError(
                 f"reward.length.hard_from={self.length.hard_from} is below easy_below={self.length.easy_below}; raise it"
             )
+        if self.accuracy_iou == "video" and self.weights.mask_iou:
+            raise ValueError(
+                f"reward.weights.mask_iou={self.weights.mask_iou!r}: takes masks on the target frame, and reward.accuracy_iou='video' masks on "
+                "all annotated frames in their place; set it to 0, or reward.accuracy_iou='mask'"
+            )
         _check_known(self, _preset_module(self.formula))
 
     @classmethod
@@ -142,7 +150,7 @@ class RewardConfig:
     @property
     def needs_video_masks(self) -> bool:
         """True when propagated masks on every frame of `target.frames` must be passed as `predicted_masks`."""
-        return self.weights.video_iou > 0
+        return self.weights.video_iou > 0 or (self.accuracy_iou == "video" and self.weights.iou > 0)
 
     @property
     def needs_length(self) -> bool:

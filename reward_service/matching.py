@@ -38,13 +38,13 @@ def point_in_own_box(points_M2: np.ndarray, boxes_M4: np.ndarray) -> np.ndarray:
     return (x >= x1) & (x <= x2) & (y >= y1) & (y <= y2)
 
 
-def mask_iou_matrix(predicted_MHW: np.ndarray, true_NHW: np.ndarray) -> np.ndarray:
-    """(M, N) IoU of masks, 0 where both are empty (nothing found is no overlap between two objects)."""
+def mask_iou_matrix(predicted_MHW: np.ndarray, true_NHW: np.ndarray, both_empty: float = 0.0) -> np.ndarray:
+    """(M, N) IoU of masks; `both_empty` where both are (0: nothing found is no overlap between two objects)."""
     p, t = bitmaps.pack(predicted_MHW), bitmaps.pack(true_NHW)
     out = np.zeros((len(p), len(t)))
     for m in range(len(p)):  # one row at a time: M * N full masks at once would not fit for 120 objects
         shared, either = bitmaps.count(p[m] & t), bitmaps.count(p[m] | t)
-        out[m] = shared / np.maximum(either, 1)
+        out[m] = np.where(either > 0, shared / np.maximum(either, 1), both_empty)
     return out
 
 

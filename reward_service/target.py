@@ -18,7 +18,7 @@ class FrameTarget:
     """Truth on one shown frame, for key-frame and video terms.
 
     boxes: one [x1, y1, x2, y2] an object, None where it is absent. masks: (N, H, W) bool or N masks or RLEs (None where
-    absent), or one mask (H, W) of the union.
+    absent), or one mask (H, W) of the union. accuracy_iou=video needs one an object, in the order of the target's boxes.
     """
 
     boxes: Sequence[Optional[Sequence[float]]] = ()
@@ -102,6 +102,15 @@ class Target:
         if given is None:
             raise MissingInput(f"the keyframe and video_iou terms need masks in target.frames[{frame!r}]")
         return self.cached(("frame", frame), lambda: union_of(given, f"target.frames[{frame!r}].masks", self._frames_hw()))
+
+    def frame_masks_NHW(self, frame) -> np.ndarray:
+        """bool (N, H, W): the objects of the target on another frame, in the order of `boxes`, zero where one is out of view."""
+        given = self.frames[frame].masks
+        if given is None:
+            raise MissingInput(f"the iou term (accuracy_iou=video) needs masks in target.frames[{frame!r}]")
+        if isinstance(given, dict) or len(given) != len(self):
+            raise ValueError(f"target.frames[{frame!r}].masks: give one mask, or None, for each of the {len(self)} objects of target.boxes")
+        return mask_stack(given, self.image_size, f"target.frames[{frame!r}].masks")
 
     def _frames_hw(self):
         """Size of the masks of the shown frames, for a frame on which nothing is present."""

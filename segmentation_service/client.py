@@ -29,6 +29,12 @@ class LocalClient:
         with self._lock:
             return _raised(self._service.segment_batch([request])[0])
 
+    async def segment_async(self, request: SegmentRequest) -> SegmentResponse:
+        return await asyncio.to_thread(self.segment, request)
+
+    def stats(self) -> list[dict[str, float]]:
+        return [self._service.stats()]
+
 
 class HandleClient:
     """Calls the replicas behind a handle, from any thread or event loop.

@@ -22,8 +22,9 @@ class PropagationConfig:
     checkpoint: Optional[str] = field(
         default=None,
         metadata={
-            "help": "Its weights: the file of an XMem of any dimensions, such as XMem.pth, or of a Cutie; for sam2 a folder or hub id of a SAM2 "
-            "for videos, such as facebook/sam2.1-hiera-large, or a .pt file of Meta's. null: masks are not propagated."
+            "help": "Its weights: an XMem of any dimensions, a file such as XMem.pth or a folder such as examples/toy/models/xmem; the file of a "
+            "Cutie; for sam2 a folder or hub id of a SAM2 for videos, such as facebook/sam2.1-hiera-large, or a .pt file of Meta's. null: masks are "
+            "not propagated."
         },
     )
     model_config: Optional[str] = field(default=None, metadata={"help": "Architecture of a SAM2's .pt file; as segmentation.model_config."})

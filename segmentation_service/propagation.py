@@ -16,7 +16,7 @@ from .video import Video, VideoError, check_frame_number, read_frame
 from .xmem import XMem
 
 WEIGHTS = {
-    "xmem": "the file of an XMem, such as XMem.pth",
+    "xmem": "an XMem, such as XMem.pth or the folder examples/toy/models/xmem",
     "sam2": "a SAM2 for videos, such as facebook/sam2.1-hiera-large or sam2.1_hiera_large.pt",
     "cutie": "the file of a Cutie, such as cutie-base-mega.pth",
 }

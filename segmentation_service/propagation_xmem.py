@@ -22,7 +22,7 @@ class XMemMethod:
 
     @classmethod
     def load(cls, config: PropagationConfig, device: str | torch.device) -> XMemMethod:
-        """Raises CheckpointError where the file of `config.checkpoint` cannot be used."""
+        """Raises CheckpointError where `config.checkpoint` cannot be used."""
         return cls(load_xmem(config.checkpoint, config.xmem).to(device), config)
 
     def start(self, frame_HW3: np.ndarray, masks: list[np.ndarray]) -> _Tracker:

@@ -49,14 +49,20 @@ class ServeConfig:
     max_masks: int = field(default=100_000, metadata={"help": "Most masks of an answer: objects times frames.", "min": 1})
 
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; beyond loopback a token is required."})
-    port: int = field(default=8000, metadata={"help": "Port to listen at.", "min": 0})
+    port: int = field(default=8000, metadata={"help": "Port to listen at; 0: any free one.", "min": 0, "max": 65535})
     token: Optional[str] = field(
         default=None, metadata={"help": f"What clients must send as bearer token; null: that of the variable {TOKEN_VARIABLE}, if set."}
     )
-    max_body_bytes: int = field(default=4 * MIB, metadata={"help": "Most bytes of a request's JSON.", "min": 1})
+    max_body_bytes: int = field(default=MIB, metadata={"help": "Most bytes of a request's JSON.", "min": 1})
     max_upload_bytes: int = field(default=GIB, metadata={"help": "Most bytes of one uploaded video.", "min": 1})
     max_uploads_bytes: int = field(default=20 * GIB, metadata={"help": "Most bytes of all uploaded videos.", "min": 1})
     upload_seconds: float = field(default=86_400.0, metadata={"help": "How long an uploaded video is kept after its last use.", "min": 1.0})
+    body_seconds: float = field(default=10.0, metadata={"help": "Most seconds until a request's JSON has come; status 408 past it.", "min": 0.1})
+    upload_body_seconds: float = field(default=600.0, metadata={"help": "The same of an uploaded video, its check included.", "min": 0.1})
+    max_in_flight: int = field(default=256, metadata={"help": "Most HTTP requests at work or waiting; status 503 past it.", "min": 1})
+    max_in_flight_per_client: int = field(
+        default=128, metadata={"help": "The same of one client address; status 429 past it. Behind a proxy all clients have its address.", "min": 1}
+    )
 
 
 def check(config: ServeConfig) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal, Optional, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .prompts import ObjectPrompt
 
 Coordinate = Annotated[float, Field(allow_inf_nan=False)]
+T = TypeVar("T")
+Several = Annotated[tuple[T, ...], Field(fail_fast=True)]  # else a million wrong items are a million errors, gigabytes and minutes
 
 
 class _Strict(BaseModel):
@@ -19,8 +21,8 @@ class PromptRequest(_Strict):
     """One object on the target frame; pixels of the original frame, corners inclusive."""
 
     box: Optional[tuple[Coordinate, Coordinate, Coordinate, Coordinate]] = Field(default=None, description="x1, y1, x2, y2")
-    points: tuple[tuple[Coordinate, Coordinate], ...] = Field(default=(), description="x, y of each point")
-    labels: tuple[Literal[0, 1], ...] = Field(default=(), description="1 for a point on the object, 0 for one off it; as many as points")
+    points: Several[tuple[Coordinate, Coordinate]] = Field(default=(), description="x, y of each point")
+    labels: Several[Literal[0, 1]] = Field(default=(), description="1 for a point on the object, 0 for one off it; as many as points")
 
     @model_validator(mode="after")
     def _something_to_segment(self) -> PromptRequest:
@@ -39,8 +41,8 @@ class SegmentRequest(_Strict):
 
     video: str = Field(min_length=1, max_length=4096, description="a path under one of the service's roots, or upload:ID as the upload returned it")
     frame: int = Field(ge=0, description="the target frame, counted from 0")
-    hypotheses: tuple[tuple[PromptRequest, ...], ...] = Field(min_length=1, description="the objects of each answer")
-    propagate: bool | tuple[Annotated[int, Field(ge=0)], ...] = Field(
+    hypotheses: Several[Several[PromptRequest]] = Field(min_length=1, description="the objects of each answer")
+    propagate: bool | Several[Annotated[int, Field(ge=0)]] = Field(
         default=False, description="true: masks on all frames of the video; a list: on these frames; false: on the target frame only"
     )
 
@@ -65,8 +67,9 @@ class SegmentResponse(_Strict):
 class ServiceError(Exception):
     """A request that was refused or failed, with the HTTP status that says whose fault it is.
 
-    400 malformed, 401 no or wrong token, 404 no such video or upload, 413 over a limit, 422 understood but impossible (wrong frame,
-    video that cannot be decoded), 429 this client asks too much, 503 the service is full or has no replica; 500 a fault of ours.
+    400 malformed, 401 no or wrong token, 404 no such video or upload, 408 a body that comes too slowly, 413 over a limit, 422 understood
+    but impossible (wrong frame, video that cannot be decoded), 429 this client asks too much, 503 the service is full or has no
+    replica; 500 a fault of ours.
     Only 429 and 503 are worth trying again, after `retry_after` seconds.
     """
 

@@ -11,7 +11,7 @@ from reward_service.answer import Answer, AnswerObject
 from reward_service.distance import distance_at, near_field
 from reward_service.space import factors
 from reward_service.tags import think_text
-from reward_service.target import Target, mask_stack
+from reward_service.target import MissingInput, Target, mask_stack
 
 CONFIG: dict = {}  # the defaults of RewardConfig
 SETTINGS = None
@@ -31,18 +31,21 @@ _NO_BOX, _NO_POINT = (np.nan,) * 4, (np.nan,) * 2
 def group_terms(answers: Sequence[Answer], target: Target, config, predicted_masks):
     """Terms and diagnostics of the completions of one prompt; pairwise work is done for the whole group at once.
 
-    predicted_masks: None, or per answer the masks of `answer.objects` on the target frame (see `_masks_of`).
+    predicted_masks: None, or per answer the masks of `answer.objects` on the target frame (see `_masks_of`); if
+    accuracy_iou=video, {frame id: such masks} with every frame of `target.frames`.
     Diagnostics: n_predicted, n_true, box_iou (mean IoU of the boxes matched by IoU, over max(M, N)) and, where masks
     were passed and the target has some, mask_iou (of the unions).
     """
     to_answer, to_target = factors(answers, target, config)
     # Only a strict answer earns accuracy: a salvaged one has objects for the segmenter and the log.
     objects = [a.answered[: config.max_objects] if a.strict else () for a in answers]
-    masks = [
-        _masks_of(answer, given, target)
-        for answer, given in zip(answers, predicted_masks if predicted_masks is not None else [None] * len(answers))
-    ]
-    accuracy, box_iou = _accuracy(answers, objects, masks, target, config, to_answer, to_target)
+    given = [None] * len(answers) if predicted_masks is None else predicted_masks
+    if config.needs_video_masks:
+        masks, overlaps = [None] * len(answers), lambda: _video_pairs(answers, objects, given, target)
+    else:
+        masks = [_masks_of(answer, one, target) for answer, one in zip(answers, given)]
+        overlaps = (lambda: _mask_pairs(objects, masks, target)) if config.accuracy_iou == "mask" else None
+    accuracy, box_iou = _accuracy(answers, objects, overlaps, target, config, to_answer, to_target)
     negative = _negative_points(answers, objects, target, config, to_target) if config.weights.negative_point else None
     out = []
     for i, answer in enumerate(answers):
@@ -98,13 +101,13 @@ def _masks_of(answer: Answer, given, target: Target) -> Optional[np.ndarray]:
     return mask_stack(given, target.image_size, "predicted_masks")
 
 
-def _accuracy(answers, objects, masks, target, config, to_answer, to_target):
-    """Per answer the active ones of iou, box_l1 and point, and its box_iou."""
+def _accuracy(answers, objects, overlaps, target, config, to_answer, to_target):
+    """Per answer the active ones of iou, box_l1 and point, and its box_iou. overlaps: the pairs' overlap; None: of their boxes."""
     active = [name for name in ("iou", "box_l1", "point") if getattr(config.weights, name)]
     if not len(target):  # nothing to find: the empty list is exactly right, anything else exactly wrong
         right = [float(a.strict and a.n_items == 0) for a in answers]
         return [dict.fromkeys(active, value) for value in right], right
-    pairs, overlap_PN = _pairs(objects, masks, target, config, to_answer, to_target, active)
+    pairs, overlap_PN = _pairs(objects, overlaps, target, config, to_answer, to_target, active)
     gain_PN = sum((getattr(config.weights, name) * pairs[k] for k, name in enumerate(active)), np.zeros_like(overlap_PN))
     largest = np.array([max(a.n_items if a.strict else 0, len(target)) for a in answers])
     values = [matched / largest for matched in _matched_sums(gain_PN, pairs, objects)] if active else []
@@ -124,7 +127,7 @@ def _matched_sums(gain_PN, values_KPN, objects) -> list[np.ndarray]:
     return [np.bincount(owner, weights=one, minlength=len(objects)) for one in picked]
 
 
-def _pairs(objects: list[tuple[AnswerObject, ...]], masks, target, config, to_answer, to_target, active):
+def _pairs(objects: list[tuple[AnswerObject, ...]], overlaps, target, config, to_answer, to_target, active):
     """(len(active), P, N) values of every pair, P over all objects of the group, and the (P, N) box IoU."""
     everyone = [one for mine in objects for one in mine]
     boxes = np.array([one.box or _NO_BOX for one in everyone], dtype=np.float64).reshape(-1, 4) * (to_answer * 2)
@@ -133,7 +136,7 @@ def _pairs(objects: list[tuple[AnswerObject, ...]], masks, target, config, to_an
     values = np.zeros((len(active), *box_iou.shape))
     for k, name in enumerate(active):
         if name == "iou":
-            overlap = _mask_pairs(objects, masks, target) if config.accuracy_iou == "mask" else box_iou
+            overlap = box_iou if overlaps is None else overlaps()
             values[k] = terms.above(overlap, config.iou_threshold, config.iou_grading)
         elif name == "box_l1":
             distance = matching.box_l1_matrix(boxes, true_boxes)
@@ -154,3 +157,29 @@ def _mask_pairs(objects, masks, target) -> np.ndarray:
         if mine:
             rows.append(matching.mask_iou_matrix(given[: len(mine)], true_masks))
     return np.concatenate(rows)
+
+
+def _video_pairs(answers, objects, tracks, target) -> np.ndarray:
+    """(P, N) mean over `target.frames` of J of every pair, 1 where both are out of view.
+
+    An object without a mask on any of these frames overlaps nothing: else it would earn the frames on which the target is away.
+    """
+    if not target.frames:
+        raise MissingInput("the iou term (accuracy_iou=video) needs target.frames: {frame id: FrameTarget(masks)} of the annotated frames")
+    count = sum(map(len, objects))
+    total_PN, found_P = np.zeros((count, len(target))), np.zeros(count, bool)
+    for frame in target.frames:  # one frame of one answer at a time: the masks of a group on a whole video would not fit
+        true_masks, start = target.frame_masks_NHW(frame), 0
+        for answer, mine, track in zip(answers, objects, tracks):
+            if not mine:
+                continue
+            if track is None or frame not in track:
+                raise ValueError(f"predicted_masks lacks frame {frame!r} of target.frames for an answer with objects; pass its masks on every one")
+            if len(track[frame]) != len(answer.objects):
+                raise ValueError(f"predicted_masks[{frame!r}] has {len(track[frame])} masks for an answer of {len(answer.objects)} objects")
+            rows = slice(start, start + len(mine))
+            start = rows.stop
+            masks = mask_stack(track[frame][: len(mine)], target.image_size, f"predicted_masks[{frame!r}]")
+            total_PN[rows] += matching.mask_iou_matrix(masks, true_masks, both_empty=1.0)
+            found_P[rows] |= masks.any(axis=(1, 2))
+    return np.where(found_P[:, None], total_PN / len(target.frames), 0.0)

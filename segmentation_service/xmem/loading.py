@@ -1,7 +1,8 @@
-"""Loads XMem checkpoints: plain files of names and tensors, with every name and shape in its place."""
+"""Loads XMem checkpoints: plain files of names and tensors, or folders of one with its dimensions, every name and shape in its place."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,24 +17,28 @@ STEM = "value_encoder.conv1.weight"
 
 
 def load_xmem(path_or_state_dict: str | Path | Mapping[str, torch.Tensor], config: XMemConfig | None = None) -> XMem:
-    """An XMem in float32 on the CPU, frozen, from a `.pth` (or `.safetensors`) file or a state dict, which is copied.
+    """An XMem in float32 on the CPU, frozen, from a `.pth` (or `.safetensors`) file, a folder, or a state dict, which is copied.
 
     The published `XMem.pth`, `XMem-s012.pth`, `XMem-s2.pth` and `XMem-no-sensory.pth` fit, and checkpoints of other widths
-    and depths: the dimensions are read from the weights. If `config.dims` is given they must be those. Raises CheckpointError
-    where a file cannot be read, or a name is missing, unexpected, or of another shape; it names the first of each.
+    and depths: the dimensions are read from the weights. If `config.dims` is given, or a folder's config.json, they must be
+    those. Raises CheckpointError where a file cannot be read, or a name is missing, unexpected, or of another shape; it names
+    the first of each.
     """
+    dims = config.dims if config is not None else None
     if isinstance(path_or_state_dict, Mapping):
         name, weights = "state dict", dict(path_or_state_dict)
     else:
-        name = f"checkpoint {path_or_state_dict}"
-        weights = read_weights(path_or_state_dict, "XMem", "give the file of an XMem state dict, such as XMem.pth")
+        name, file = f"checkpoint {path_or_state_dict}", Path(path_or_state_dict).expanduser()
+        if file.is_dir():
+            dims, file = dims or folder_dims(file), file / "model.safetensors"
+        weights = read_weights(file, "XMem", "give the file of an XMem state dict, such as XMem.pth, or a folder with one and its config.json")
     strange = [key for key, tensor in weights.items() if not isinstance(key, str) or not isinstance(tensor, torch.Tensor)]
     if strange:
         raise CheckpointError(f"XMem {name} holds something other than named tensors (first: {strange[0]!r})", "give the plain state dict of an XMem")
     stem = weights.get(STEM)
     if stem is not None and stem.ndim == 4 and stem.shape[1] == 4:  # of a time when XMem knew one object and no "others" channel
         weights[STEM] = torch.cat([stem, torch.zeros_like(stem[:, :1])], 1)
-    dims = config.dims if config is not None and config.dims is not None else read_dims(weights)
+    dims = dims or read_dims(weights)
     with torch.device("meta"):
         network = XMem(dims)
     wrong = misfit(weights, network.state_dict())
@@ -44,6 +49,22 @@ def load_xmem(path_or_state_dict: str | Path | Mapping[str, torch.Tensor], confi
         )
     network.load_state_dict({key: _own(key, tensor) for key, tensor in weights.items()}, assign=True)
     return network.eval().requires_grad_(False)
+
+
+def folder_dims(folder: Path) -> XMemDims:
+    """The dimensions that a folder's config.json states. Raises CheckpointError where there is none, or it is not an XMem's."""
+    remedy = "give the folder of an XMem, as examples/toy/train_xmem.py writes it, or the file of one, such as XMem.pth"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = config.get("model_type")
+        dims = XMemDims(**config["dims"]) if model_type == "xmem" else None
+    except FileNotFoundError:
+        raise CheckpointError(f"XMem checkpoint {folder} is a folder without a config.json", remedy) from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} does not state the dimensions of an XMem ({error!r})", remedy) from error
+    if dims is None:
+        raise CheckpointError(f"checkpoint {folder} is a {model_type!r} model, not an XMem", remedy)
+    return dims
 
 
 def read_dims(weights: Mapping[str, torch.Tensor]) -> XMemDims:

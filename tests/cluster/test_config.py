@@ -335,9 +335,14 @@ def test_combinations_that_cannot_work_are_refused_with_a_remedy(overrides, key)
     assert len(lines) == 1 and overrides[0] in lines[0]
 
 
-def test_video_rewards_are_refused_while_training_cannot_propagate():
+def test_video_rewards_need_an_answer_without_key_frames_and_weights_that_propagate():
     with pytest.raises(ConfigError, match="reward.weights.video_iou"):
         config.load("videoseg_r1_7b", ["reward.preset=veason_r1"])
+    with pytest.raises(ConfigError, match="reward.accuracy_iou: is video, .*checkpoint is null; set that to weights"):
+        config.load("videoseg_r1_7b", ["reward.accuracy_iou=video"])
+    with pytest.raises(ConfigError, match="reward.weights.mask_iou.*set it to 0"):
+        config.load("debug", ["reward.accuracy_iou=video", "reward.weights.mask_iou=1"])
+    assert config.load("debug", ["reward.accuracy_iou=video"]).reward.needs_video_masks
 
 
 def test_reinforce_needs_no_group():

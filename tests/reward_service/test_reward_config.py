@@ -45,6 +45,10 @@ def test_needs():
     assert not RewardConfig(accuracy_iou="mask", weights=TermWeights(iou=0)).needs_predicted_masks
     assert RewardConfig(weights=TermWeights(mask_iou=1)).needs_predicted_masks
     assert RewardConfig.preset("veason_r1").needs_video_masks
+    assert RewardConfig(accuracy_iou="video").needs_video_masks and not RewardConfig(accuracy_iou="video").needs_predicted_masks
+    assert not RewardConfig(accuracy_iou="video", weights=TermWeights(iou=0)).needs_video_masks
+    with pytest.raises(ValueError, match="reward.weights.mask_iou=1: takes masks on the target frame"):
+        RewardConfig(accuracy_iou="video", weights=TermWeights(mask_iou=1))
     assert not RewardConfig.preset("pixelthink").needs_length and not RewardConfig(length=LengthConfig(penalty=False)).needs_length
 
 

@@ -41,6 +41,7 @@ def all_configs():
     yield from ((name, RewardConfig.preset(name)) for name in FORMULAS)
     graded = {f"{name}_grading": "graded" for name in ("iou", "box_l1", "point", "negative", "mask_iou")}
     yield "masks, graded", RewardConfig(accuracy_iou="mask", weights=TermWeights(mask_iou=1), **graded)
+    yield "video", RewardConfig(accuracy_iou="video", **graded)
     yield "raw", RewardConfig(space="raw", no_repeat_scope="think")
 
 

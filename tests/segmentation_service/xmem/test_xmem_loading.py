@@ -1,5 +1,7 @@
 """Loading is strict: every key and shape of the published checkpoints, other dimensions from the weights, and errors that name the fault."""
 
+import dataclasses
+import json
 import pickle
 import subprocess
 import sys
@@ -83,13 +85,31 @@ def test_any_missing_key_is_named(random_official, key):
 
 def test_what_is_no_state_dict(tiny_weights, tmp_path):
     assert "does not exist" in load_error(tmp_path / "nowhere.pth")
-    assert "is a folder" in load_error(tmp_path)
     (tmp_path / "damaged.pth").write_bytes(b"not a checkpoint")
     assert "cannot be read" in load_error(tmp_path / "damaged.pth")
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     assert "holds a Tensor, not a state dict" in load_error(tmp_path / "tensor.pth")
     torch.save({"model": tiny_weights, "step": 3}, tmp_path / "wrapped.pth")
     assert "something other than named tensors (first: 'model')" in load_error(tmp_path / "wrapped.pth")
+
+
+def test_a_folder_holds_weights_and_their_dimensions(tiny_weights, tmp_path):
+    config = tmp_path / "config.json"
+    assert "is a folder without a config.json" in load_error(tmp_path)
+    config.write_text('{"model_type": "sam2"}')
+    assert "is a 'sam2' model, not an XMem" in load_error(tmp_path)
+    for broken in ("[]", "{", '{"model_type": "xmem"}', '{"model_type": "xmem", "dims": {"depth": 3}}', '{"model_type": "xmem", "dims": {"key": 0}}'):
+        config.write_text(broken)
+        assert "config.json does not state the dimensions" in load_error(tmp_path)
+    dims = load_xmem(tiny_weights).dims
+    config.write_text(json.dumps({"model_type": "xmem", "dims": dataclasses.asdict(dims)}))
+    assert "model.safetensors does not exist" in load_error(tmp_path)
+    save_file({key: tensor.contiguous() for key, tensor in tiny_weights.items()}, tmp_path / "model.safetensors")
+    network = load_xmem(tmp_path)
+    assert network.dims == dims
+    assert all(torch.equal(tensor, tiny_weights[key]) for key, tensor in network.state_dict().items())
+    config.write_text(json.dumps({"model_type": "xmem", "dims": dataclasses.asdict(dims) | {"key": dims.key + 1}}))
+    assert "mis-shaped keys (key_proj.key_proj.weight" in load_error(tmp_path)
 
 
 def test_settings_are_read_without_torch():

@@ -1,0 +1,31 @@
+"""Joining a Ray cluster, or starting one on this machine."""
+
+from __future__ import annotations
+
+import os
+
+import ray
+
+from cluster.errors import UserError
+from cluster.sections import ClusterConfig
+
+
+def join_cluster(config: ClusterConfig) -> bool:
+    """Connects to a cluster, or starts a local one; True if it was started here."""
+    if ray.is_initialized():
+        return False
+    options = dict(log_to_driver=False, logging_level="ERROR", namespace="videoseg")
+    wanted = config.address or os.environ.get("RAY_ADDRESS")
+    if wanted != "local":
+        try:
+            ray.init(address=wanted or "auto", **options)
+            return False
+        except ConnectionError as error:
+            if wanted:
+                raise UserError(
+                    f"no Ray cluster answers at {wanted}: {error}",
+                    "start one with `ray start --head`, correct cluster.address, or use cluster.address=local",
+                ) from error
+    store, cpus = int(config.object_store_gb * 2**30), max(2, os.cpu_count() or 1)
+    ray.init(address="local", include_dashboard=False, object_store_memory=store, num_cpus=cpus, **options)
+    return True

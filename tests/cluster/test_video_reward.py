@@ -1,0 +1,107 @@
+"""reward.accuracy_iou=video in the loop: a group is tracked once, by the real actor, and scored on the annotated frames."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cluster import config, config_files
+from cluster.draws import Draws
+from cluster.evaluation import held_out_metrics
+from cluster.run import Run
+from cluster.scoring import score_group
+from rollout.engine import Completion
+from segmentation_service.masks import decode_rle, mask_iou
+from segmentation_service.video import ImageFolder
+from tests.cluster.test_loop import settings
+
+
+@pytest.fixture(scope="module")
+def located(toy_data):
+    return config_files.locate(config.load("debug", settings(toy_data, "reward.accuracy_iou=video")))
+
+
+@pytest.fixture(scope="module")
+def draws(located):
+    return Draws.of_run(located)[1]
+
+
+def completion(prompt, objects):
+    """Boxes and points given in pixels of the frame, said in those of the policy's image."""
+    (height, width), (frame_height, frame_width) = prompt.policy_hw, prompt.frame_hw
+    scale = np.array([width / frame_width, height / frame_height])
+    items = [{"bbox_2d": np.rint(np.reshape(box, (2, 2)) * scale).ravel().tolist(), "point_2d": np.rint(point * scale).tolist()} for box, point in objects]
+    text = f"<think>It is here.</think><answer>{json.dumps(items)}</answer>"
+    return Completion(np.zeros(3, np.int32), np.zeros(3, np.float32), text, "stop", (("0", 3),), 0)
+
+
+def right_and_wrong(draw):
+    """Completions that name the targets, a corner of the frame, and nothing."""
+    right = [(box, np.array(points[0])) for box, points in zip(draw.target.boxes, draw.target.points)]
+    return [completion(draw.prompt, objects) for objects in (right, [([0, 0, 3, 3], np.array([1, 1]))], [])]
+
+
+def test_a_group_is_tracked_once_and_earns_the_mean_j_of_its_masks(ray_session, located, draws):
+    import ray
+
+    from segmentation_service.actor import SegmenterActor
+
+    actor = SegmenterActor.options(num_cpus=0).remote(located.segmentation)
+    run = SimpleNamespace(config=located, draws=draws, actors=SimpleNamespace(segmenters=[actor]))
+    draw = max((d for d in draws.held_out(6) if len(d.target) == 1), key=lambda d: d.target.masks.sum())
+
+    async def scored():
+        return await Run.score(run, draw, right_and_wrong(draw), masks=False)
+
+    try:
+        ray.get(actor.ready.remote(), timeout=120)
+        group = asyncio.run(scored())
+        tracked = ray.get(actor.stats.remote())["frames_propagated"]
+        expected = ray.get(actor.propagate_group.remote(draw.video, draw.prompt.target_frame, [group.masks[0]]))[0]
+    finally:
+        ray.kill(actor)
+    assert group.failure is None and tracked == draw.episode.num_frames - 1
+    (target,) = draw.episode.objects
+    truth = {a.frame: decode_rle({"size": list(draw.target.image_size), "counts": a.counts}) for a in target.annotations}
+    nowhere = np.zeros(draw.target.image_size, bool)
+    j = np.mean([mask_iou(decode_rle(expected[t][0]), truth.get(t, nowhere)) for t in range(draw.episode.num_frames)])
+    assert j > 0.8  # a large shape, which the toy SAM2 and XMem find
+    assert group.scores[0].terms["iou"] == pytest.approx(j) and group.video_ious[0] == pytest.approx(j)
+    assert group.scores[2].terms["iou"] == 0 and group.scores[1].terms["iou"] < 0.5 * j
+    assert held_out_metrics([group])["iou/video"] == pytest.approx(j)
+
+
+def test_grey_videos_are_tracked_grey(located, draws):
+    assert isinstance(draws.held_out(1)[0].video, ImageFolder)
+    draws = Draws(located.data.evaluation, draws.builder, located.data.__class__(control="blank_frames"), seed=0)
+    draw = draws.held_out(1)[0]
+    assert len(draw.video) == draw.episode.num_frames and all((draw.video.frame(t) == 127).all() for t in range(len(draw.video)))
+
+
+@pytest.mark.parametrize("failures, scored", [(1, True), (3, False)])
+def test_a_failing_tracker_is_asked_again_and_never_a_reward_of_zero(located, draws, failures, scored, monkeypatch):
+    draw, asked = draws.held_out(1)[0], []
+    masks = [[dict(size=[96, 128], counts=a.counts) for a in draw.episode.visible(draw.prompt.target_frame)], [], []]
+
+    async def segment(frame, hypotheses):
+        return masks
+
+    async def propagate(video, target_frame, hypotheses, frames):
+        asked.append(hypotheses)
+        if len(asked) <= failures:
+            raise RuntimeError("lost")
+        return [{t: rles for t in frames} for rles in hypotheses]
+
+    async def no_pause(seconds):
+        pass
+
+    monkeypatch.setattr("cluster.scoring.asyncio.sleep", no_pause)
+    right, _, nothing = right_and_wrong(draw)
+    group = asyncio.run(score_group(draw, [right, nothing, nothing], [3] * 3, located.reward, segment, propagate, tries=3))
+    assert len(asked) == min(3, failures + 1) and asked[0] == masks
+    if scored:
+        assert group.failure is None and group.scores[0].terms["iou"] > 0 == group.scores[1].terms["iou"]
+    else:
+        assert group.scores is None and group.failure == "segmentation failed 3 times, last: RuntimeError: lost"
