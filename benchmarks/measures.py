@@ -75,9 +75,14 @@ def scoring(rounds: int) -> dict:
 
     groups = {n: [completion() for _ in range(n)] for n in (16, 64, 256)}
     config = RewardConfig()
-    times = in_turns({f"{n}_completions": lambda texts=texts: score_group(texts, target, config, 4.0, lengths=[30] * len(texts)) for n, texts in groups.items()}, rounds)
-    each = {f"{n}_completions": {k: round(1000 * times[f"{n}_completions"][k], 2) for k in ("min", "seconds", "cpu_seconds")} for n in groups}
-    return {"times": times, "milliseconds": each, "256_over_64": ratio(times, "256_completions", "64_completions"), "64_over_16": ratio(times, "64_completions", "16_completions")}
+    score = lambda texts: score_group(texts, target, config, 4.0, lengths=[30] * len(texts))
+    times = in_turns({f"{n}_completions": lambda texts=texts: score(texts) for n, texts in groups.items()}, rounds)
+    return {
+        "times": times,
+        "milliseconds": {name: {k: round(1000 * time[k], 2) for k in ("min", "seconds", "cpu_seconds")} for name, time in times.items()},
+        "64_over_16": ratio(times, "64_completions", "16_completions"),
+        "256_over_64": ratio(times, "256_completions", "64_completions"),
+    }
 
 
 QUESTIONS = {"f": f, "scoring": scoring}

@@ -33,8 +33,12 @@ PropagateGroup = Callable[[Video, int, list[list[dict]], list[int]], Awaitable[l
 @dataclass(frozen=True)
 class ScoredGroup:
     """G completions of one draw, their answers in pixels of the original frame, their masks (RLEs, one an object) and
-    scores. `difficulty` is the one that set the length budget (None: unknown), `success_rate` the group's share of successes
-    where difficulty is estimated online, `uncertainties` are there if a budget depends on them. `failure` says why the group could not be scored; then `masks` and `scores` are None."""
+    scores.
+
+    `difficulty` is the one that set the length budget (None: unknown), `success_rate` the group's share of successes where
+    difficulty is estimated online; `uncertainties` are there if a budget depends on them. `failure` says why the group could
+    not be scored; then `masks` and `scores` are None.
+    """
 
     draw: Draw
     completions: tuple[Completion, ...]
