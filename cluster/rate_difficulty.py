@@ -48,6 +48,8 @@ class RatingConfig:
     api_key: str = ""
 
     def __post_init__(self):
+        if not self.endpoint.startswith(("http://", "https://")):
+            raise UserError(f"endpoint {self.endpoint!r} is not a URL", "for example http://localhost:8000/v1")
         for name in ("frames", "side", "requests", "tries"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1", "give a positive number")

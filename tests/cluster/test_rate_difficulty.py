@@ -163,6 +163,12 @@ def test_nobody_listens(endpoint, data, tmp_path):
         rate_data(data, tmp_path / "rated", config(endpoint, tries=2))
 
 
+@pytest.mark.parametrize("changes, named", [({"endpoint": "localhost:8000"}, "localhost:8000"), ({"frames": 0}, "frames=0"), ({"tries": 0}, "tries=0")])
+def test_settings_that_cannot_be(changes, named):
+    with pytest.raises(UserError, match=named):
+        RatingConfig(**{"endpoint": "http://localhost:8000/v1", "model": "a-vlm"} | changes)
+
+
 def test_the_episodes_are_never_overwritten(endpoint, data):
     with pytest.raises(UserError, match="the episodes themselves"):
         rate_data(data, data / ".", config(endpoint))
