@@ -13,6 +13,7 @@ from cluster.config_file import config_error, find_recipe, read_settings
 from cluster.sections import ClusterConfig, DataConfig, EvalConfig, LoopConfig, PolicyConfig, RunSection
 from learner.config import LearnerConfig
 from reward_service.config import RewardConfig
+from reward_service.difficulty import DifficultyConfig
 from rollout.config import RolloutConfig
 from rollout.prompts import PromptConfig
 from segmentation_service.config import SegmentationConfig
@@ -30,6 +31,7 @@ class RunConfig:
     reward: RewardConfig = field(
         default_factory=RewardConfig, metadata={"help": "What a completion earns; `preset: NAME` in a recipe starts from a published system."}
     )
+    difficulty: DifficultyConfig = field(default_factory=DifficultyConfig, metadata={"help": "Where the difficulty that sets the length budget comes from."})
     segmentation: SegmentationConfig = field(default_factory=SegmentationConfig, metadata={"help": "SAM2, and what carries its masks through the video."})
     learner: LearnerConfig = field(default_factory=LearnerConfig, metadata={"help": "How the policy is updated (DeepSpeed)."})
     loop: LoopConfig = field(default_factory=LoopConfig, metadata={"help": "The training loop."})

@@ -116,6 +116,12 @@ def combination_problems(config: RunConfig) -> list[Problem]:
         "is video, which needs masks propagated through the video, and segmentation.propagation.checkpoint is null",
         "set that to weights such as XMem.pth or examples/toy/models/xmem, or use reward.accuracy_iou=mask",
     )
+    refuse(
+        config.difficulty.is_online and config.difficulty.success == "mask_iou" and not (config.reward.needs_predicted_masks or config.reward.needs_video_masks),
+        "difficulty.success",
+        "is mask_iou, but no reward term needs masks, so training makes none",
+        "use box_iou, or reward.accuracy_iou=mask or video, or reward.weights.mask_iou above 0",
+    )
     if data.generate == "toy":
         train, made = PurePath(data.train), PurePath(data.train).parent / "valid_u"
         refuse(train.name != "train", "data.train", f"'{train}' with data.generate=toy must end in /train", "for example data/toy/train")

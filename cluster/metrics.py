@@ -5,6 +5,7 @@ Names (a `*` stands for a term, stage, class or service):
     reward/mean reward/std reward/term/*                 iou/box iou/mask iou/video
     length/response length/reasoning length/truncated_fraction
     length/factor length/factor/{easy,medium,hard} length/penalised_fraction
+    difficulty/mean difficulty/success_rate              length/uncertainty
     answers/invalid_fraction                             groups/zero_variance_fraction groups/used groups/dropped
     kl/reference                                         mismatch/{kl,logprob_diff,prob_error,largest}
     clip/low_fraction clip/high_fraction                 learner/grad_norm learner/loss learner/lr
@@ -40,7 +41,8 @@ class ScoredCompletion:
 
     `scored` is False if scoring failed (its numbers then count nowhere but in `failures/*` and `groups/*`).
     `well_formed` is False if no answer could be parsed. IoUs are those of the answer with the ground truth, 0..1, None if
-    not computed. `staleness` counts the weight versions between generation and training.
+    not computed. `difficulty` and `success_rate` are the group's, None where unknown or not estimated. `staleness` counts the
+    weight versions between generation and training.
     """
 
     group: int
@@ -59,6 +61,9 @@ class ScoredCompletion:
     staleness: int = 0
     used: bool = True
     video_iou: float | None = None
+    difficulty: float | None = None
+    success_rate: float | None = None
+    uncertainty: float | None = None
 
 
 def completion_metrics(completions: Sequence[ScoredCompletion]) -> dict[str, float]:
@@ -85,6 +90,9 @@ def completion_metrics(completions: Sequence[ScoredCompletion]) -> dict[str, flo
     mean("length/penalised_fraction", [c.length_factor < 1 for c in scored])
     for difficulty in sorted({c.difficulty_class for c in scored if c.difficulty_class}):
         mean(f"length/factor/{difficulty}", [c.length_factor for c in scored if c.difficulty_class == difficulty])
+    mean("difficulty/mean", [c.difficulty for c in scored if c.difficulty is not None])
+    mean("difficulty/success_rate", [c.success_rate for c in scored if c.success_rate is not None])
+    mean("length/uncertainty", [c.uncertainty for c in scored if c.uncertainty is not None])
     mean("answers/invalid_fraction", [not c.well_formed for c in scored])
     out |= group_metrics(completions)
     out["tokens/prompt"] = float(sum(c.prompt_tokens for c in completions))

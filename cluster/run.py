@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from reward_service import think_text
+from reward_service.difficulty import OnlineDifficulty
 from rollout.config import SamplingConfig
 from rollout.fingerprints import policy_fingerprints
 
@@ -28,10 +30,12 @@ from cluster.run_folder import RunFolder
 from cluster.scoring import ScoredGroup, score_group
 from cluster.weight_sync import connect, sync_weights
 
+DIFFICULTY = "difficulty.json"  # in a checkpoint
+
 
 @dataclass
 class Run:
-    """The parts of a run, and what a checkpoint holds besides the learner: `step`, `position` and `before`."""
+    """The parts of a run, and what a checkpoint holds besides the learner: `step`, `position`, `before` and `online`."""
 
     config: RunConfig
     folder: RunFolder
@@ -44,6 +48,7 @@ class Run:
     step: int = 0  # updates so far, and the version of the weights
     position: int = 0  # of the next draw in the endless stream of episodes
     before: dict[str, float] | None = None  # the evaluation before the first step
+    online: OnlineDifficulty | None = None  # success rates of the episodes, where difficulty is estimated from them
     saved: int = -1  # step of the newest checkpoint
     times: StageTimes = field(default_factory=StageTimes)
     upcoming: asyncio.Task | None = None
@@ -67,7 +72,11 @@ class Run:
                 rollout_log.drop_after(folder.rollouts, checkpoint.step)
             metrics = MetricsWriter(folder.path, resume_step=checkpoint.step if checkpoint else None)
             run = cls(config, folder, actors, draws, held_out, metrics, progress, ours["processor"])
+            if config.difficulty.is_online:
+                run.online = OnlineDifficulty(config.difficulty)
             if checkpoint is not None:
+                if run.online:
+                    run.online.load_state_dict(json.loads((checkpoint.path / DIFFICULTY).read_text(encoding="utf-8")))
                 run.step = run.saved = checkpoint.step
                 run.position, run.before = checkpoint.manifest["position"], checkpoint.manifest["before"]
             await connect(actors, config)
@@ -86,7 +95,7 @@ class Run:
             draws = await self.next_draws()
         with self.stage("rollout"):
             log_masks = self.config.loop.log_masks_every and (self.step + 1) % self.config.loop.log_masks_every == 0
-            return await self.answer(draws, rollout.group_size, rollout.sampling(), masks=bool(log_masks))
+            return await self.answer(draws, rollout.group_size, self.sampling(), bool(log_masks), self.online)
 
     async def next_draws(self) -> list[Draw]:
         """This step's draws; those of the next step are decoded in the background meanwhile."""
@@ -96,8 +105,11 @@ class Run:
         self.upcoming = make(self.position + count)
         return draws
 
-    async def answer(self, draws: list[Draw], count: int, sampling: SamplingConfig, masks: bool) -> list[ScoredGroup]:
-        """`count` completions of every draw, and their scores; `masks` asks for masks also where no reward term needs them."""
+    async def answer(
+        self, draws: list[Draw], count: int, sampling: SamplingConfig, masks: bool, online: OnlineDifficulty | None = None
+    ) -> list[ScoredGroup]:
+        """`count` completions of every draw, and their scores; `masks` asks for masks also where no reward term needs them. Without
+        `online` the episodes' own ratings count."""
         config, engines = self.config, self.actors.engines
         seeds = [sampling_seeds(config.run.seed, self.step, draw.position, count) for draw in draws]
         if config.loop.deterministic:  # all requests of an engine enqueued before its first token, so that batches are the same
@@ -105,15 +117,15 @@ class Run:
             asked = [[(draws[i], count, sampling, seeds[i]) for i in share] for share in shares]
             done = await gather([e.generate_in_order.remote([(d.prompt, *rest) for d, *rest in a]) for e, a in zip(engines, asked) if a])
             completions = {i: c for share, results in zip(shares, done) for i, c in zip(share, results)}
-            return [await self.score(draw, completions[i], masks) for i, draw in enumerate(draws)]
+            return [await self.score(draw, completions[i], masks, online) for i, draw in enumerate(draws)]
 
         async def one(i: int, draw: Draw) -> ScoredGroup:
             engine = engines[draw.position % len(engines)]
-            return await self.score(draw, await engine.generate.remote(draw.prompt, count, sampling, seeds[i]), masks)
+            return await self.score(draw, await engine.generate.remote(draw.prompt, count, sampling, seeds[i]), masks, online)
 
         return await asyncio.gather(*(one(i, draw) for i, draw in enumerate(draws)))
 
-    async def score(self, draw: Draw, completions: list, masks: bool) -> ScoredGroup:
+    async def score(self, draw: Draw, completions: list, masks: bool, online: OnlineDifficulty | None) -> ScoredGroup:
         config = self.config
         segmenter = self.actors.segmenters[draw.position % len(self.actors.segmenters)]
         video = config.reward.needs_video_masks
@@ -122,7 +134,14 @@ class Run:
         tokenizer = self.draws.builder.tokenizer
         think_tokens = [len(tokenizer(think_text(c.text), add_special_tokens=False)["input_ids"]) for c in completions]
         loop = config.loop
-        return await score_group(draw, completions, think_tokens, config.reward, segment, propagate, loop.score_tries, loop.score_seconds)
+        return await score_group(
+            draw, completions, think_tokens, config.reward, segment, propagate, loop.score_tries, loop.score_seconds, online
+        )
+
+    def sampling(self) -> SamplingConfig:
+        """How completions are drawn, with the two largest log-probs where a reward term asks how uncertain the policy was."""
+        sampling = self.config.rollout.sampling()
+        return replace(sampling, top_logprobs=2) if self.config.reward.needs_uncertainty else sampling
 
     async def sync(self, version: int) -> dict[str, float]:
         return await sync_weights(self.actors, version, self.config)
@@ -131,7 +150,7 @@ class Run:
         """One greedy answer to each held-out episode; the answers are kept in `evaluations/`, the means as `eval/*`."""
         with self.stage("evaluate"):
             draws = await asyncio.to_thread(self.held_out.held_out, self.config.eval.episodes)
-            groups = await self.answer(draws, 1, self.config.rollout.sampling().greedy(), masks=True)
+            groups = await self.answer(draws, 1, self.sampling().greedy(), masks=True)
         values = held_out_metrics(groups)
         rollout_log.write_rollouts(self.folder.path / "evaluations", self.step, rollout_rows(self.step, groups, {}, self.processor))
         self.metrics.write(self.step, {f"eval/{name}": value for name, value in values.items()})
@@ -143,11 +162,13 @@ class Run:
         rollout_log.write_rollouts(self.folder.rollouts, step, rollout_rows(step, groups, advantages, self.processor))
 
     async def save(self) -> None:
-        """A checkpoint of this step: the learner's state in files, the run's own in the manifest."""
+        """A checkpoint of this step: the learner's state and the success rates in files, the rest of the run's in the manifest."""
         with self.stage("checkpoint"):
             state = {"position": self.position, "data": self.draws.fingerprint, "before": self.before}
             with checkpoints.writing(self.folder.checkpoints, self.step, state) as temporary:
                 await gather([learner.save.remote(str(temporary.absolute() / "learner")) for learner in self.actors.learners])
+                if self.online:
+                    (temporary / DIFFICULTY).write_text(json.dumps(self.online.state_dict()), encoding="utf-8")
             checkpoints.keep_last(self.folder.checkpoints, self.config.loop.keep_checkpoints)
         self.saved = self.step
         self.progress.restart_clock()

@@ -14,6 +14,7 @@ import numpy as np
 
 import reward_service
 from reward_service import Answer, RewardConfig, Score, Target, parse_answer
+from reward_service.difficulty import OnlineDifficulty, success_rate, uncertainty
 from reward_service.length import difficulty_class
 from reward_service.matching import assign, box_iou_matrix
 from reward_service.terms import union_iou
@@ -32,18 +33,26 @@ PropagateGroup = Callable[[Video, int, list[list[dict]], list[int]], Awaitable[l
 @dataclass(frozen=True)
 class ScoredGroup:
     """G completions of one draw, their answers in pixels of the original frame, their masks (RLEs, one an object) and
-    scores. `failure` says why the group could not be scored; then `masks` and `scores` are None."""
+    scores.
+
+    `difficulty` is the one that set the length budget (None: unknown), `success_rate` the group's share of successes where
+    difficulty is estimated online; `uncertainties` are there if a budget depends on them. `failure` says why the group could
+    not be scored; then `masks` and `scores` are None.
+    """
 
     draw: Draw
     completions: tuple[Completion, ...]
     answers: tuple[Answer, ...]
     reasoning_tokens: tuple[int, ...]
+    difficulty: float | None
     difficulty_class: str
     masks: tuple[list[dict], ...] | None = None
     scores: tuple[Score, ...] | None = None
     box_ious: tuple[float, ...] = ()
     mask_ious: tuple[float, ...] = ()
     video_ious: tuple[float, ...] = ()
+    success_rate: float | None = None
+    uncertainties: tuple[float, ...] = ()
     failure: str | None = None
 
     @property
@@ -61,14 +70,15 @@ async def score_group(
     propagate: PropagateGroup | None = None,
     tries: int = 3,
     timeout_seconds: float = 120.0,
+    online: OnlineDifficulty | None = None,
 ) -> ScoredGroup:
     """The group with its scores. `segment` may be None where no active term needs masks, `propagate` where none needs them on
-    the annotated frames of the video; it is given the masks of `segment`."""
+    the annotated frames of the video; it is given the masks of `segment`. With `online` the difficulty is what it makes of the
+    episode's rating and this group's success."""
     prompt = draw.prompt
     answers = tuple(parse_answer(c.text).to_frame(prompt.units, prompt.policy_hw, prompt.frame_hw) for c in completions)
-    rated = draw.episode.difficulty
-    level = difficulty_class(config.length.default_difficulty if rated is None else rated, config.length)
-    group = ScoredGroup(draw, tuple(completions), answers, tuple(reasoning_tokens), level)
+    difficulty = draw.episode.difficulty
+    group = ScoredGroup(draw, tuple(completions), answers, tuple(reasoning_tokens), difficulty, _level(difficulty, config))
     masks = tracks = None
     annotated = sorted(draw.episode.annotated_frames)
     try:
@@ -79,22 +89,34 @@ async def score_group(
     except Exception as error:  # whatever the service raised is the cause that the run reports
         return replace(group, failure=f"segmentation failed {tries} times, last: {type(error).__name__}: {error}")
     decoded = None if masks is None else [_decode(m, draw.target.image_size) for m in masks]
+    truth = np.asarray(draw.target.masks, bool).any(0)
+    box_ious = tuple(mean_box_iou(a, draw.target) for a in answers)
+    mask_ious = () if decoded is None else tuple(union_iou(m.any(0), truth) for m in decoded)
+    success = None
+    if online is not None:
+        success = success_rate(mask_ious if online.config.success == "mask_iou" else box_ious, online.config.success_above)
+        difficulty = online.difficulty(draw.episode.episode_id, difficulty, success)
+    uncertainties = tuple(uncertainty(c.top_logprobs) for c in completions) if config.needs_uncertainty else ()
     scores = reward_service.score_group(
         answers,
         draw.target,
         config,
-        difficulty=rated,
-        lengths=list(reasoning_tokens),
+        difficulty=difficulty,
+        uncertainties=uncertainties or None,
+        lengths=_lengths(completions, reasoning_tokens, config.length.unit),
         predicted_masks=tracks if config.needs_video_masks else decoded,
     )
-    truth = np.asarray(draw.target.masks, bool).any(0)
     return replace(
         group,
+        difficulty=difficulty,
+        difficulty_class=_level(difficulty, config),
+        success_rate=success,
         masks=None if masks is None else tuple(masks),
         scores=tuple(scores),
-        box_ious=tuple(mean_box_iou(a, draw.target) for a in answers),
-        mask_ious=() if decoded is None else tuple(union_iou(m.any(0), truth) for m in decoded),
+        box_ious=box_ious,
+        mask_ious=mask_ious,
         video_ious=() if tracks is None else mean_video_ious(tracks, draw.episode),
+        uncertainties=uncertainties,
     )
 
 
@@ -106,6 +128,17 @@ async def _retried(call: Callable[[], Awaitable], tries: int, timeout_seconds: f
             if attempt == tries - 1:
                 raise
             await asyncio.sleep(0.5 * 2**attempt)
+
+
+def _lengths(completions: Sequence[Completion], reasoning_tokens: Sequence[int], unit: str) -> list[int] | None:
+    """What the length penalty counts; None for words, which the reward service counts itself."""
+    if unit == "think_tokens":
+        return list(reasoning_tokens)
+    return [len(c.token_ids) for c in completions] if unit == "response_tokens" else None
+
+
+def _level(difficulty: float | None, config: RewardConfig) -> str:
+    return difficulty_class(config.length.default_difficulty if difficulty is None else difficulty, config.length)
 
 
 def object_prompts(answer: Answer) -> list[ObjectPrompt]:

@@ -90,6 +90,9 @@ async def learn(run: Run, groups: list[ScoredGroup]) -> None:
         tokens = sum(c.response_tokens for c in completions)
         values = completion_metrics(completions) | learner_metrics(learned) | synced | run.times.metrics(tokens)
         run.metrics.write(step, values)
+    if run.online:
+        for g in kept:
+            run.online.update(g.draw.episode.episode_id, g.success_rate)
     run.step, run.position = step, run.position + len(groups)
     run.progress.step(step, values)
     if values["mismatch/kl"] > config.loop.mismatch_warn:

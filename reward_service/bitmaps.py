@@ -22,34 +22,44 @@ def count(words: np.ndarray) -> np.ndarray:
     return np.bitwise_count(words).sum(axis=(-2, -1), dtype=np.int64)
 
 
-def columns_shifted(words: np.ndarray, by: int) -> np.ndarray:
-    """out[x] = in[x + by], zeros from outside (bits pushed past the width stay in the padding)."""
-    whole, bits = divmod(abs(by), 64)
-    out = np.zeros_like(words)
-    n = words.shape[-1] - whole
-    if n <= 0:
-        return out
-    if by >= 0:
-        source, target = words[..., whole:], out[..., :n]
-        np.right_shift(source, np.uint64(bits), out=target)
-        if bits and n > 1:
-            target[..., :-1] |= source[..., 1:] << np.uint64(64 - bits)
-    else:
-        source, target = words[..., :n], out[..., whole:]
-        np.left_shift(source, np.uint64(bits), out=target)
-        if bits and n > 1:
-            target[..., 1:] |= source[..., :-1] >> np.uint64(64 - bits)
+def east(words: np.ndarray) -> np.ndarray:
+    """out[x] = in[x + 1]; zeros from outside."""
+    out = words >> np.uint64(1)
+    out[..., :-1] |= words[..., 1:] << np.uint64(63)
+    return out
+
+
+def widened(words: np.ndarray, by: int) -> np.ndarray:
+    """out[x] = in[x - by] | in[x] | in[x + by], 0 < by < 64; bits pushed past the width stay in the padding."""
+    near, far = np.uint64(by), np.uint64(64 - by)
+    out = words >> near
+    out |= words
+    out |= words << near
+    out[..., :-1] |= words[..., 1:] << far
+    out[..., 1:] |= words[..., :-1] >> far
     return out
 
 
 def boundary(words: np.ndarray, width: int) -> np.ndarray:
-    """Pixels that differ from their east, south or south-east neighbour; the edge of the image repeats its last pixels."""
+    """Pixels that differ from their east, south or south-east neighbour; the edge of the image repeats its last pixels.
+
+    Only the part of the image that can hold such pixels is returned, the same part for all masks.
+    """
     last = np.zeros(words.shape[-1], np.uint64)
     last[(width - 1) // 64] = np.uint64(1) << np.uint64((width - 1) % 64)
+    rows, columns = _occupied(words)
+    words, last = words[..., rows, columns], last[columns]
     south = np.concatenate([words[..., 1:, :], words[..., -1:, :]], axis=-2)
-    east = columns_shifted(words, 1) | (words & last)
-    south_east = columns_shifted(south, 1) | (south & last)
-    return (words ^ south) | (words ^ east) | (words ^ south_east)
+    return (words ^ south) | (words ^ (east(words) | words & last)) | (words ^ (east(south) | south & last))
+
+
+def _occupied(words: np.ndarray) -> tuple[slice, slice]:
+    """Rows and words with a pixel set, one more of each to the north-west, and a row of zeros to the south if the image has one."""
+    used = np.bitwise_or.reduce(words.reshape(-1, *words.shape[-2:]), axis=0)
+    rows, columns = np.flatnonzero(used.any(axis=1)), np.flatnonzero(used.any(axis=0))
+    if not len(rows):
+        return slice(1), slice(1)
+    return slice(max(rows[0] - 1, 0), rows[-1] + 2), slice(max(columns[0] - 1, 0), columns[-1] + 1)
 
 
 def dilated(words: np.ndarray, radius: int) -> np.ndarray:
@@ -60,9 +70,9 @@ def dilated(words: np.ndarray, radius: int) -> np.ndarray:
     for dy in range(radius, -1, -1):
         wanted = isqrt(radius * radius - dy * dy)
         while half_width < wanted:
-            # At most half_width + 1, so that the pixel stepped over lies between two pixels of the image.
-            step = min(half_width + 1, wanted - half_width)
-            row = row | columns_shifted(row, step) | columns_shifted(row, -step)
+            # At most half_width + 1: of a pixel at the edge only one half is there, and its copy must leave no gap.
+            step = min(half_width + 1, wanted - half_width, 63)
+            row = widened(row, step)
             half_width += step
         if dy == 0:
             out |= row
@@ -70,13 +80,3 @@ def dilated(words: np.ndarray, radius: int) -> np.ndarray:
             out[..., dy:, :] |= row[..., :-dy, :]
             out[..., :-dy, :] |= row[..., dy:, :]
     return out
-
-
-def cropped(words: np.ndarray) -> np.ndarray:
-    """The smallest rows and words of (..., H, W/64) that hold every pixel set; one empty row where none is set."""
-    flat = words.reshape(-1, *words.shape[-2:])
-    used = np.bitwise_or.reduce(flat, axis=0)
-    rows, columns = np.flatnonzero(used.any(axis=1)), np.flatnonzero(used.any(axis=0))
-    if not len(rows):
-        return words[..., :1, :1]
-    return np.ascontiguousarray(words[..., rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])

@@ -157,6 +157,11 @@ class RewardConfig:
         """True when the caller must count tokens and pass `length`."""
         return self.length.penalty and self.length.unit.endswith("tokens")
 
+    @property
+    def needs_uncertainty(self) -> bool:
+        """True when `uncertainty` widens a budget; without one it counts as 0."""
+        return self.length.penalty and self.length.uncertainty_scale > 0 and self.length.hard_budget is not None
+
 
 def _preset_module(name):
     from importlib import import_module

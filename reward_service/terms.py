@@ -28,14 +28,16 @@ def negative_points(distances_K, tau: float, grading: str, reach: float) -> floa
     distances_K: L1 distance of each point to the nearest pixel of any true mask (inf: out of the image, nothing to find).
     A point on the target (d = 0) earns nothing. Graded (ours): 1 up to tau, then linearly to 0 at `reach` x tau.
     """
-    d = np.asarray(distances_K, dtype=np.float64)
-    if len(d) == 0:
-        return 0.0
-    earned = (d > 0) & (d <= tau)
-    if grading == "graded" and reach > 1 and tau > 0:
-        ramp = np.clip(1.0 - (d - tau) / ((reach - 1.0) * tau), 0.0, 1.0)
-        earned = np.where(d > tau, ramp, earned)
-    return float(earned.mean())
+    slope = (reach - 1.0) * tau if grading == "graded" else 0.0
+
+    def earned(d: float) -> float:
+        if d <= 0:
+            return 0.0
+        if d <= tau:
+            return 1.0
+        return max(0.0, 1.0 - (d - tau) / slope) if slope > 0 else 0.0
+
+    return sum(map(earned, distances_K)) / len(distances_K) if len(distances_K) else 0.0
 
 
 def no_repeat(text: str, max_repeats: int = 2) -> float:

@@ -13,7 +13,8 @@ class SamplingConfig:
     """How one completion is drawn. `temperature` 0 is greedy decoding (evaluation).
 
     The log-probs returned with a completion are those of the distribution that was really sampled from; what a learner must
-    do to compute the same numbers is written at `rollout.engine.Completion`.
+    do to compute the same numbers is written at `rollout.engine.Completion`. `top_logprobs` asks for those of the most likely
+    tokens too, so many at each position.
     """
 
     temperature: float = 1.0
@@ -22,6 +23,7 @@ class SamplingConfig:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    top_logprobs: int = 0
 
     def greedy(self) -> "SamplingConfig":
         """The same limits and stops, decoded greedily."""
@@ -32,6 +34,7 @@ class SamplingConfig:
             stop=self.stop,
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
+            top_logprobs=self.top_logprobs,
         )
 
 

@@ -44,6 +44,7 @@ class Completion:
     finish_reason: str  # "stop", "length" or "abort"
     weight_versions: tuple[tuple[str, int], ...]  # (version, number of tokens) spans, in order
     seed: int | None
+    top_logprobs: np.ndarray | None = None  # float32 (R, SamplingConfig.top_logprobs), the most likely token first; None: not asked for
 
 
 class RolloutEngine:
@@ -226,29 +227,31 @@ class RolloutEngine:
             for label in labels:
                 self._in_flight.pop(label, None)
         outputs = iter(outputs)
-        return [self._completions(prompt, n, seeds, outputs) for prompt, n, _, seeds, _ in groups]
+        return [self._completions(prompt, n, sampling, seeds, outputs) for prompt, n, sampling, seeds, _ in groups]
 
-    def _completions(self, prompt, n: int, seeds, outputs: Iterator) -> list[Completion]:
-        completions = [self._completion(next(outputs), seed) for seed in (seeds if seeds is not None else [None] * n)]
+    def _completions(self, prompt, n: int, sampling: SamplingConfig, seeds, outputs: Iterator) -> list[Completion]:
+        completions = [self._completion(next(outputs), sampling, seed) for seed in (seeds if seeds is not None else [None] * n)]
         self._stats["prompts"] += 1
         self._stats["prompt_tokens"] += len(prompt.token_ids)
         self._stats["completions"] += n
         self._stats["response_tokens"] += sum(len(completion.token_ids) for completion in completions)
         return completions
 
-    def _completion(self, output, seed: int | None) -> Completion:
+    def _completion(self, output, sampling: SamplingConfig, seed: int | None) -> Completion:
         token_ids = np.asarray(output.token_ids, np.int32)
         logprobs = np.asarray(output.logprobs.logprobs if output.logprobs is not None else (), np.float32)
+        logprobs = logprobs.reshape(-1, 1 + sampling.top_logprobs)  # at each position the sampled token, then the most likely ones
         stopped_by_token = output.finish_reason == "stop" and not isinstance(output.stop_reason, str)
         text_ids = token_ids[:-1] if stopped_by_token else token_ids
         spans = tuple((span.version, span.end - span.start) for span in output.weight_versions or ())
         return Completion(
             token_ids=token_ids,
-            logprobs=logprobs,
+            logprobs=np.ascontiguousarray(logprobs[:, 0]),
             text=self._tokenizer.decode(text_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
             finish_reason=output.finish_reason,
             weight_versions=spans,
             seed=seed,
+            top_logprobs=logprobs[:, 1:] if sampling.top_logprobs else None,
         )
 
     def _sampling_params(self, prompt, n: int, sampling: SamplingConfig, seeds: Sequence[int] | None) -> list:
@@ -277,7 +280,7 @@ class RolloutEngine:
                 stop_token_ids=list(sampling.stop_token_ids),
                 include_stop_str_in_output=True,
                 ignore_eos=sampling.ignore_eos,
-                logprobs=0,  # the sampled token's only
+                logprobs=sampling.top_logprobs,  # besides the sampled token's
                 flat_logprobs=True,
                 detokenize=bool(sampling.stop),  # decoded once at the end instead; stop strings need it in each step
                 skip_special_tokens=False,

@@ -46,6 +46,7 @@ def group_terms(answers: Sequence[Answer], target: Target, config, predicted_mas
         masks = [_masks_of(answer, one, target) for answer, one in zip(answers, given)]
         overlaps = (lambda: _mask_pairs(objects, masks, target)) if config.accuracy_iou == "mask" else None
     accuracy, box_iou = _accuracy(answers, objects, overlaps, target, config, to_answer, to_target)
+    negative = _negative_points(answers, objects, target, config, to_target) if config.weights.negative_point else None
     out = []
     for i, answer in enumerate(answers):
         weights, row = config.weights, dict(accuracy[i])
@@ -54,7 +55,7 @@ def group_terms(answers: Sequence[Answer], target: Target, config, predicted_mas
         if weights.segmentation_format:
             row["segmentation_format"] = _segmentation_format(answer, len(target))
         if weights.negative_point:
-            row["negative_point"] = _negative_point(answer, objects[i], target, config, to_target)
+            row["negative_point"] = negative[i]
         if weights.no_repeat:
             text = think_text(answer.text) if config.no_repeat_scope == "think" else answer.text
             row["no_repeat"] = terms.no_repeat(text, config.max_repeats)
@@ -74,16 +75,15 @@ def _segmentation_format(answer: Answer, n_true: int) -> float:
     return answer.segmentation_format
 
 
-def _negative_point(answer: Answer, objects, target: Target, config, to_target) -> float:
+def _negative_points(answers: Sequence[Answer], objects, target: Target, config, to_target) -> list[float]:
     union = target.union_HW("negative_point")  # asked for even without points: a missing input must not hide
-    points = [p for one in answer.objects[: len(objects)] for p in one.negative_points]
-    if not points:
-        return 0.0
     graded = config.negative_grading == "graded"
     reach, pitch_yx = config.negative_reach * (config.graded_reach if graded else 1.0), (to_target[1], to_target[0])
     field = target.cached(("taxicab", pitch_yx, reach), lambda: near_field(union, pitch_yx, reach))
-    distances = distance_at(points, field)
-    return terms.negative_points(distances, config.negative_reach, config.negative_grading, config.graded_reach)
+    points = [[p for one in a.objects[: len(mine)] for p in one.negative_points] for a, mine in zip(answers, objects)]
+    distances = iter(distance_at([p for mine in points for p in mine], field).tolist())
+    each = ([next(distances) for _ in mine] for mine in points)
+    return [terms.negative_points(d, config.negative_reach, config.negative_grading, config.graded_reach) for d in each]
 
 
 def _mask_iou(answer: Answer, masks: np.ndarray, target: Target) -> float:
@@ -117,15 +117,13 @@ def _accuracy(answers, objects, overlaps, target, config, to_answer, to_target):
 
 def _matched_sums(gain_PN, values_KPN, objects) -> list[np.ndarray]:
     """For each of the K values its sum (G,) over the pairs that `gain` assigns, answer by answer."""
-    owner, rows, columns, start = [], [], [], 0
-    for i, mine in enumerate(objects):
-        matched_rows, matched_columns = matching.assign(gain_PN[start : start + len(mine)])
-        rows.append(matched_rows + start)
-        columns.append(matched_columns)
-        owner += [i] * len(matched_rows)
-        start += len(mine)
-    picked = values_KPN[:, np.concatenate(rows), np.concatenate(columns)]
-    owner = np.array(owner, dtype=np.int64)
+    ends = np.cumsum([len(mine) for mine in objects])
+    starts = ends - [len(mine) for mine in objects]
+    matched = [matching.assign(gain_PN[start:end]) for start, end in zip(starts.tolist(), ends.tolist())]
+    counts = [len(rows) for rows, _ in matched]
+    rows = np.concatenate([rows for rows, _ in matched]) + np.repeat(starts, counts)
+    picked = values_KPN[:, rows, np.concatenate([columns for _, columns in matched])]
+    owner = np.repeat(np.arange(len(objects)), counts)
     return [np.bincount(owner, weights=one, minlength=len(objects)) for one in picked]
 
 

@@ -42,7 +42,10 @@ def test_help_imports_nothing_heavy():
     assert all(word in done.stdout for word in ("train", "resume", "config", "data", "example:"))
 
 
-@pytest.mark.parametrize("command", [["train"], ["resume"], ["config"], ["bench"], ["data"], ["data", "toy"], ["serve"], ["serve", "segmentation"]])
+@pytest.mark.parametrize(
+    "command",
+    [["train"], ["resume"], ["config"], ["bench"], ["data"], ["data", "toy"], ["data", "difficulty"], ["serve"], ["serve", "segmentation"]],
+)
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([*command, "--help"])

@@ -40,11 +40,11 @@ def resolved(toy_data, *more):
 
 @pytest.fixture(scope="module")
 def run(ray_session, toy_data, tmp_path_factory):
-    """A finished, deterministic run of three steps."""
+    """A finished, deterministic run of three steps, its difficulties half rated and half from its groups' success."""
     from cluster import trainer
 
     folder = run_folder.plan(tmp_path_factory.mktemp("runs"), "three", "debug")
-    trainer.train(resolved(toy_data, "loop.steps=3", "loop.deterministic=true"), folder)
+    trainer.train(resolved(toy_data, "loop.steps=3", "loop.deterministic=true", "difficulty.source=blend", "difficulty.success=mask_iou"), folder)
     return folder
 
 
@@ -113,6 +113,25 @@ def test_masks_and_rewards_of_a_row_belong_together(run):
         assert row.valid and np.isfinite(row.reward) and 0 <= row.length_factor <= 1
 
 
+def test_difficulties_follow_the_groups_success(run, toy_data):
+    """As logged: half the episode's rating, half 10 - 9 x the share of masks above 0.5; and the checkpoint holds every share seen."""
+    from rollout.episodes import read_episodes
+
+    rated = {e.episode_id: e.difficulty for e in read_episodes(toy_data / "train")}
+    groups = {}
+    for _, file in rollout_log.rollout_files(run.rollouts):
+        for row in rollout_log.read_rollouts(file):
+            groups.setdefault(row.group, []).append(row)
+    shares = {}
+    for rows in groups.values():
+        share, episode = np.mean([row.mask_iou > 0.5 for row in rows]), rows[0].episode_id
+        if episode not in shares:
+            assert [row.difficulty for row in rows] == pytest.approx([0.5 * (10 - 9 * share) + 0.5 * rated[episode]] * len(rows))
+        shares[episode] = share if episode not in shares else (shares[episode] + share) / 2
+    checkpoint, _ = checkpoints.latest(run.checkpoints)
+    assert json.loads((checkpoint.path / "difficulty.json").read_text()) == {"rates": pytest.approx(shares)}
+
+
 def test_a_resumed_run_repeats_the_uninterrupted_one(run, tmp_path):
     """Resumed from step 2 in the deterministic mode: the same step 3 to the last bit, and then step 4."""
     from cluster import trainer
@@ -124,6 +143,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(run, tmp_path):
     trainer.train(config_resolve.resolve(settings, config_resolve.detect_hardware()), copy, resume=True)
     checkpoint, _ = checkpoints.latest(copy.checkpoints)
     assert checkpoint.step == 4 and checkpoint.manifest["position"] == 16
+    before, after = (json.loads((folder / "difficulty.json").read_text())["rates"] for folder in (dict(checkpoints.steps(run.checkpoints))[3], checkpoint.path))
+    assert before.items() < after.items() or len(after) < 16  # nothing forgotten; fewer than 16 episodes if one came again
 
     untimed = lambda record: {name: value for name, value in record.items() if "second" not in name and name != "time"}
     once, again = ({r["step"]: untimed(r) for r in read_metrics(folder.metrics) if "reward/mean" in r} for folder in (run, copy))

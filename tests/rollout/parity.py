@@ -12,7 +12,14 @@ def load_policy(folder):
 
 
 def transformers_logprobs(model, folder, prompt, response_ids, temperature, banned):
-    """Float32 log-probs (R,) of `response_ids` after `prompt`: banned ids masked, logits divided by the temperature, log-softmax.
+    """Float32 log-probs (R,) of `response_ids` after `prompt`."""
+    every = transformers_distribution(model, folder, prompt, response_ids, temperature, banned)
+    return np.take_along_axis(every, np.asarray(response_ids, np.int64)[:, None], axis=1)[:, 0]
+
+
+def transformers_distribution(model, folder, prompt, response_ids, temperature, banned):
+    """Float32 log-probs (R, V) of every token where those of `response_ids` stand: banned ids masked, logits divided by the
+    temperature, log-softmax.
 
     Note `mm_token_type_ids`: without them transformers 5 silently gives the images one-dimensional text positions.
     """
@@ -34,8 +41,7 @@ def transformers_logprobs(model, folder, prompt, response_ids, temperature, bann
         ).logits[0, len(prompt.token_ids) - 1 : -1]
     logits = logits.float()
     logits[:, list(banned)] = float("-inf")
-    logprobs = torch.log_softmax(logits / temperature, dim=-1)
-    return logprobs.gather(1, torch.as_tensor(response_ids, dtype=torch.long)[:, None])[:, 0].numpy()
+    return torch.log_softmax(logits / temperature, dim=-1).numpy()
 
 
 def mean_difference(model, folder, prompt, completions, temperature, banned):

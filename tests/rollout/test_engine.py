@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from parity import load_policy, mean_difference, transformers_logprobs
+from parity import load_policy, mean_difference, transformers_distribution, transformers_logprobs
 from tiny_policy import tiny_prompt
 
 from rollout.banned_tokens import banned_token_ids, holds_banned
@@ -188,6 +188,19 @@ def test_logprobs_equal_those_of_transformers(tiny_engine):
     other = dataclasses.replace(prompt, images=tuple(255 - image for image in prompt.images))
     logprobs = transformers_logprobs(model, tiny_engine.folder, other, completions[0].token_ids, 1.0, banned)
     assert np.abs(logprobs - completions[0].logprobs).mean() > 1e-2, "the policy does not look at its images, so this test shows nothing"
+
+
+def test_the_largest_logprobs_are_those_of_transformers(tiny_engine):
+    """Asked for two, also of completions in a batch with others that ask for none; the completions themselves stay the same."""
+    model, banned = load_policy(tiny_engine.folder), tiny_engine.run(tiny_engine.fingerprints())["banned_token_ids"]
+    prompt, asking = tiny_prompt(tiny_engine.folder), dataclasses.replace(SAMPLING, top_logprobs=2)
+    step = [(prompt, 2, asking, [1, 2]), (prompt, 2, SAMPLING, [1, 2])]
+    with_two, without = tiny_engine.run(tiny_engine.generate_in_order(step))
+    assert same(with_two, without) and all(completion.top_logprobs is None for completion in without)
+    for completion in with_two:
+        every = transformers_distribution(model, tiny_engine.folder, prompt, completion.token_ids, 1.0, banned)
+        assert completion.top_logprobs.dtype == np.float32
+        np.testing.assert_allclose(completion.top_logprobs, np.sort(every, axis=1)[:, :-3:-1], atol=1e-4)
 
 
 def test_a_step_in_order_does_not_depend_on_what_was_before(tiny_engine):
