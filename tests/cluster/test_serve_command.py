@@ -54,10 +54,11 @@ def test_a_port_in_use(tmp_path, capsys):
 
 
 def test_replicas_that_do_not_fit_are_refused():
-    config = serve_command.load_settings(None, ["roots=[.]", "segmentation.replicas=3", "segmentation.cpus_per_replica=2"])
-    with pytest.raises(UserError, match="3 replicas of 2 CPUs need 6, the Ray cluster has 4"):
-        serve_command._check_resources(config, {"CPU": 4.0})
-    serve_command._check_resources(config, {"CPU": 6.0})
+    each = {"CPU": ("segmentation.cpus_per_replica", 2)}
+    with pytest.raises(UserError, match="3 replicas of 2 CPUs need 6, the Ray cluster has 4") as refused:
+        serve_command.check_resources("segmentation.replicas", 3, each, {"CPU": 4.0})
+    assert refused.value.remedy.startswith("lower segmentation.replicas or segmentation.cpus_per_replica")
+    serve_command.check_resources("segmentation.replicas", 3, each, {"CPU": 6.0})
 
 
 def test_replicas_get_paths_that_do_not_depend_on_where_they_run(tmp_path, monkeypatch):
