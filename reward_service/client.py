@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from reward_service.score_request import ScoreRequest, ScoreResponse
+from reward_service.score_request import InvalidItem, ScoreItem, ScoreRequest, ScoreResponse
 from reward_service.serve_config import RewardServeConfig, check
 from reward_service.service import RewardService
 from segmentation_service.client import Replicas
@@ -67,23 +67,28 @@ class HandleClient(Replicas):
 
 
 class HttpClient(JsonClient):
-    """Calls a server."""
+    """Calls a server. Items that are malformed are not sent; they are invalid, as the server would say."""
 
     def score(self, request: ScoreRequest) -> ScoreResponse:
         """Raises ServiceError as `post`."""
-        return _scores(self.post("/v1/score", _body(request)).content)
+        return _scores(request, self.post("/v1/score", _body(request)).content)
 
     async def score_async(self, request: ScoreRequest) -> ScoreResponse:
         """As `score`. Cancelling it cancels the request."""
-        return _scores((await self.post_async("/v1/score", _body(request))).content)
+        return _scores(request, (await self.post_async("/v1/score", _body(request))).content)
 
 
 def _body(request: ScoreRequest) -> str:
-    return request.model_dump_json(exclude_unset=True, fallback=str)
+    items = tuple(item for item in request.items if isinstance(item, ScoreItem))
+    return request.model_copy(update={"items": items}).model_dump_json(exclude_unset=True)
 
 
-def _scores(body: bytes) -> ScoreResponse:
+def _scores(request: ScoreRequest, body: bytes) -> ScoreResponse:
+    """The server's scores, and in their places the malformed items."""
     try:
-        return ScoreResponse.model_validate_json(body)
-    except ValidationError as error:
+        response = ScoreResponse.model_validate_json(body)
+        rest = iter(response.scores)
+        scores = tuple(next(rest) if isinstance(item, ScoreItem) else InvalidItem(reason=item.reason) for item in request.items)
+    except (ValidationError, RuntimeError, StopIteration) as error:
         raise ServiceError(500, "this is no reward service: its answer is not what was asked for") from error
+    return response.model_copy(update={"scores": scores})

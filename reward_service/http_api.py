@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 
-from reward_service import serve_config
+from reward_service import openrlhf_protocol, serve_config
+from reward_service.openrlhf_protocol import RemoteRewardRequest
 from reward_service.score_request import ScoreRequest, ScoreResponse
 from reward_service.serve_config import RewardServeConfig
 from segmentation_service.http_app import errors, guarded_app
@@ -39,5 +41,11 @@ def make_app(client: Client, config: RewardServeConfig) -> FastAPI:
     async def score(request: ScoreRequest) -> ScoreResponse:
         """A score for each item, or why it has none. An item that cannot be scored changes nothing about the others."""
         return await client.score_async(request)
+
+    @app.post("/get_reward", responses=_ERRORS)
+    async def get_reward(request: RemoteRewardRequest) -> JSONResponse:
+        """OpenRLHF's protocol, scored by the settings of the server. It cannot say that an item is invalid: one such item fails the request."""
+        items = openrlhf_protocol.items_of(request.query, request.prompts, request.labels, config.end_tokens)
+        return JSONResponse(openrlhf_protocol.reply(await client.score_async(ScoreRequest(items=items))))
 
     return app

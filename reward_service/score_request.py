@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal, Optional
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, WrapValidator, model_serializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 
 from segmentation_service.service_request import Coordinate, Rle, Several
 
@@ -87,12 +87,6 @@ class MalformedItem(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     reason: str
-    given: Any = Field(default=None, repr=False)
-
-    @model_serializer
-    def _as_given(self) -> Any:
-        """A client sends it on, so that the server says the same."""
-        return self.given
 
 
 def _item_or_reason(value: Any, read: Any) -> ScoreItem | MalformedItem:
@@ -101,7 +95,7 @@ def _item_or_reason(value: Any, read: Any) -> ScoreItem | MalformedItem:
     try:
         return read(value)
     except ValidationError as error:
-        return MalformedItem(reason=first_problem(error), given=value)
+        return MalformedItem(reason=first_problem(error))
 
 
 def first_problem(error: ValidationError) -> str:
@@ -116,7 +110,7 @@ def first_problem(error: ValidationError) -> str:
 class ScoreRequest(_Strict):
     """A batch: completions, and how they are to be scored."""
 
-    items: Annotated[Several[SerializeAsAny[Annotated[ScoreItem, WrapValidator(_item_or_reason)]]], _few(MAX_ITEMS)] = Field(description="scored each by itself")
+    items: Annotated[Several[Annotated[ScoreItem, WrapValidator(_item_or_reason)]], _few(MAX_ITEMS)] = Field(description="scored each by itself")
     preset: Optional[str] = Field(default=None, max_length=80, description="videoseg_r1, vision_reasoner, ...; null: the settings of the server")
     reward: Optional[dict[str, Any]] = Field(default=None, description="settings that differ from the preset, such as {weights: {iou: 2}}")
 
@@ -159,3 +153,4 @@ class ScoreResponse(BaseModel):
     """One score or reason an item, in their order."""
 
     scores: tuple[ItemScore | InvalidItem, ...]
+    maximum: float = Field(description="the greatest total that these settings can give")

@@ -16,7 +16,7 @@ from reward_service.config_values import reward_config
 from reward_service.parsing import parse_answer
 from reward_service.prompting import AT_A_TIME, Place, Segmenting, masks_of
 from reward_service.score_request import AnsweredObject, InvalidItem, ItemScore, MalformedItem, ParsedAnswer, ScoreItem, ScoreRequest, ScoreResponse, TargetRequest
-from reward_service.scoring import Score, score
+from reward_service.scoring import Score, maximum, score
 from reward_service.serve_config import RewardServeConfig
 from reward_service.target import FrameTarget, Target
 from segmentation_service.service_request import ServiceError
@@ -55,7 +55,7 @@ class RewardService:
         self.counts["requests"] += 1
         self.counts["items"] += len(scores)
         self.counts["invalid"] += sum(isinstance(s, InvalidItem) for s in scores)
-        return ScoreResponse(scores=scores)
+        return ScoreResponse(scores=scores, maximum=maximum(config))
 
     def _prepare(self, items: Sequence[ScoreItem | MalformedItem]) -> list[_Work | InvalidItem]:
         """Parsed answers and checked targets. Completions of one prompt that follow each other share their target."""

@@ -58,9 +58,11 @@ def test_invalid_items_have_a_reason_and_no_total(http):
     assert scores[2]["invalid"] and "pass length" in scores[2]["reason"] and "total" not in scores[2]
 
 
-def test_a_client_sends_malformed_items_on(url):
-    request = ScoreRequest(items=[item(lenght=1), item(difficulty=object())])
-    assert [s.reason for s in HttpClient(url).score(request).scores][0] == request.items[0].reason
+def test_a_client_puts_malformed_items_in_their_places(url):
+    request = ScoreRequest(items=[item(lenght=1), item(), item(difficulty=object()), item(length=None)])
+    scores = HttpClient(url).score(request).scores
+    assert [s.reason for s in (scores[0], scores[2])] == [request.items[0].reason, request.items[2].reason]
+    assert outcome(scores[1]) == expected(item()) and "pass length" in scores[3].reason
 
 
 @pytest.mark.parametrize(
