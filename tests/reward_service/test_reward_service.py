@@ -1,6 +1,7 @@
 """A batch of items in, for each a score or the reason why it alone has none; masks asked for once a group."""
 
 import asyncio
+import re
 
 import pytest
 from scored import COMPLETIONS, GOOD, HEIGHT, MASKS, TARGETS, WIDTH, expected, item, items, mask, outcome
@@ -12,6 +13,7 @@ from reward_service.serve_config import RewardServeConfig
 from reward_service.service import RewardService
 from segmentation_service.masks import encode_rle
 from segmentation_service.service_request import Rle, SegmentRequest, SegmentResponse, ServiceError
+from tests.conftest import ROOT
 
 MASK_IOU = {"weights": {"mask_iou": 1.0}}
 
@@ -259,3 +261,12 @@ def test_a_local_client_may_be_called_where_an_event_loop_runs():
 def test_settings_that_cannot_work(values, said):
     with pytest.raises(ValueError, match=said):
         load(RewardServeConfig(**values))
+
+
+def test_the_examples_of_the_docs_run(capsys):
+    doc = (ROOT / "docs/reward_service.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", doc, re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out == "2.0 of 7.0\n"
+    request = ScoreRequest.model_validate_json(re.search(r"-d '\n(.*?)'\n```", doc, re.DOTALL)[1])
+    assert asyncio.run(RewardService(RewardServeConfig()).score(request)).scores[0].total == 7.0
