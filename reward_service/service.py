@@ -50,7 +50,7 @@ class RewardService:
             raise ServiceError(422, str(error)) from error
         works = await asyncio.to_thread(self._prepare, request.items)
         if config.needs_predicted_masks or config.needs_video_masks:
-            works = await self._with_masks(works, config.needs_video_masks)
+            works = await self._with_masks(works, config.needs_video_masks, named=config.weights.video_iou > 0)
         scores = await asyncio.to_thread(lambda: tuple(w if isinstance(w, InvalidItem) else _scored(w, config) for w in works))
         self.counts["requests"] += 1
         self.counts["items"] += len(scores)
@@ -88,8 +88,11 @@ class RewardService:
         if pixels > self.config.max_mask_pixels:
             raise ValueError(f"{pixels} pixels of masks and frame are more than the {self.config.max_mask_pixels} that this service takes")
 
-    async def _with_masks(self, works: list[_Work | InvalidItem], video: bool) -> list[_Work | InvalidItem]:
-        """The items with the masks that they brought, else with those of the segmentation service, asked once a video and frame."""
+    async def _with_masks(self, works: list[_Work | InvalidItem], video: bool, named: bool) -> list[_Work | InvalidItem]:
+        """The items with the masks that they brought, else with those of the segmentation service, asked once a video and frame.
+
+        video: masks on all frames of the target. named: they start on the frame that the answer names, if it is one of these.
+        """
         works, groups = list(works), defaultdict[Place, list[int]](list)
         for i, work in enumerate(works):
             if isinstance(work, InvalidItem):
@@ -99,8 +102,8 @@ class RewardService:
             if brought is not None:
                 work.masks = {t: _rles(masks) for t, masks in brought.items()} if video else _rles(brought)
                 continue
-            place = _place(work, video)
-            if not work.answer.objects or (video and place is None):  # an answer that names no frame has no masks
+            place = _place(work, video, named)
+            if not work.answer.objects or (named and place is None):  # an answer that names no frame has no masks
                 work.masks = {} if video else []
             elif self.segmentation is None:
                 field = "predicted_tracks" if video else "predicted_masks"
@@ -124,10 +127,10 @@ class RewardService:
         return works
 
 
-def _place(work: _Work, video: bool) -> Place | None:
-    """Where masks of the answer start: the frame that it names, if that is one of the target's, else the item's."""
+def _place(work: _Work, video: bool, named: bool) -> Place | None:
+    """Where masks of the answer start."""
     frames, frame = tuple(work.target.frames or ()) if video else None, work.item.frame
-    if video and work.answer.keyframe is not None and int(work.answer.keyframe) in frames:
+    if named and work.answer.keyframe is not None and int(work.answer.keyframe) in frames:
         frame = int(work.answer.keyframe)
     return None if frame is None else (work.item.video or "", frame, frames)
 

@@ -213,6 +213,19 @@ def test_video_masks_start_where_the_answer_says():
     assert found.terms["video_iou"] == 0.5
 
 
+def test_video_masks_start_on_the_target_frame_whatever_the_answer_says():
+    client, service = segmenting()
+    frames = {str(t): {"masks": [encode_rle(MASKS[0])]} for t in (3, 8)}
+    target = {**TARGETS[1], "frames": frames}
+    text = '<think>a</think><answer>[{"bbox_2d": [10, 10, 29, 29], "point_2d": [20, 20], "frame_idx": 8}]</answer>'
+    asked = {"completion": text, "target": target, "video": "v", "frame": 5, "length": 1}
+    settings = {"accuracy_iou": "video", "iou_grading": "graded"}
+    (found,) = ask([asked], service, reward=settings)
+    assert [(r.frame, r.propagate) for r in client.requests] == [(5, (3, 8))] and found.terms["iou"] == 1.0
+    assert "`video` and `frame`" in ask([{**asked, "frame": None}], service, reward=settings)[0].reason
+    assert "target.frames" in ask([{**asked, "target": TARGETS[1]}], service, reward=settings)[0].reason
+
+
 def test_the_fault_of_one_answer_stays_with_it():
     client, service = segmenting()
     client.fault = lambda request: ServiceError(422, "cannot") if any(o.box[0] == 70 for h in request.hypotheses for o in h) else None
