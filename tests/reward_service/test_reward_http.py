@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import socket
 import threading
 from dataclasses import replace
 
 import httpx
+import numpy as np
 import pytest
 from scored import expected, item, items, outcome
 
@@ -15,7 +17,8 @@ from reward_service.score_request import ScoreItem, ScoreRequest
 from reward_service.serve_config import RewardServeConfig
 from segmentation_service.http_guard import UnsafeServer
 from segmentation_service.service_request import ServiceError
-from tests.segmentation_service.http_serving import connect, read_answer, serving
+from tests.conftest import TOY
+from tests.segmentation_service.http_serving import connect, read_answer, serving, write_video
 
 JSON = {"content-type": "application/json"}
 HEAD = b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -158,3 +161,46 @@ def test_many_clients_at_once(config):
     assert [[outcome(s) for s in answers[n].scores] for n in range(20)] == [[expected(one) for one in batch] for batch in batches]
     assert client.stats() == [{"requests": 20, "items": 60, "invalid": 0}]
     client.close()
+
+
+MASK_IOU = {"weights": {"mask_iou": 1.0}, "mask_iou_grading": "graded"}
+
+
+def test_masks_come_from_a_real_segmentation_service(tmp_path):
+    from segmentation_service.client import LocalClient as LocalSegmentation
+    from segmentation_service.masks import encode_rle
+    from segmentation_service.serve_config import ServeConfig
+    from segmentation_service.service import SegmentationService
+    from segmentation_service.service_request import SegmentRequest
+
+    box = write_video(tmp_path / "disc")
+    settings = ServeConfig(roots=[str(tmp_path)], token="of-the-masks")
+    settings.segmentation.checkpoint, settings.segmentation.device = str(TOY / "sam2"), "cpu"
+    masks = LocalSegmentation(SegmentationService.load(settings))
+    y, x = np.mgrid[0:96, 0:128]
+    disc = ((x - 40) / 16) ** 2 + ((y - 60) / 16) ** 2 <= 1
+    target = {"image_size": [96, 128], "boxes": [list(box)], "points": [[[40, 60]]], "masks": [encode_rle(disc)]}
+    batch = [
+        {"completion": f'<think>x</think><answer>[{{"bbox_2d": {list(b)}}}]</answer>', "target": target, "length": 1, "video": "disc", "frame": 0}
+        for b in (box, (90, 5, 120, 30))
+    ]
+    with serving(masks, settings) as url:
+        client = LocalClient(load(RewardServeConfig(segmentation=url, segmentation_token="of-the-masks")))
+        scores = client.score(ScoreRequest(items=[*batch, {**batch[0], "frame": 7}, {**batch[0], "video": "nowhere"}], reward=MASK_IOU)).scores
+        client.close()
+    answer = masks.segment(SegmentRequest(video="disc", frame=0, hypotheses=[[{"box": box}], [{"box": (90, 5, 120, 30)}]]))
+    for given, found, rles in zip(batch, scores, answer.masks):
+        by_hand = LocalClient(load(RewardServeConfig())).score(ScoreRequest(items=[{**given, "predicted_masks": [r.model_dump() for r in rles]}], reward=MASK_IOU))
+        assert found == by_hand.scores[0]
+    assert scores[0].terms["mask_iou"] > 0.8 > 0.1 > scores[1].terms["mask_iou"]
+    assert "422" in scores[2].reason and "frame 7" in scores[2].reason and "404" in scores[3].reason and not scores[3].temporary
+
+
+def test_a_segmentation_service_that_accepts_and_says_nothing():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        config = RewardServeConfig(segmentation=f"http://127.0.0.1:{silent.getsockname()[1]}", segmentation_seconds=0.5)
+        client = LocalClient(load(config))
+        with serving(client, config, make_app) as url:
+            scores = HttpClient(url).score(ScoreRequest(items=[item(video="a", frame=0), item("none", video="a", frame=0)], reward=MASK_IOU)).scores
+        client.close()
+    assert scores[0].temporary and "no masks from the segmentation service" in scores[0].reason and scores[1].valid
