@@ -39,18 +39,20 @@ async def masks_of(answers: Sequence[Answer], place: Place, client: Segmenting, 
         video, frame, frames = place
         try:
             response = await client.segment_async(SegmentRequest(video=video, frame=frame, hypotheses=hypotheses, propagate=frames or False))
-        except ServiceError as error:
-            if len(members) > 1 and error.status not in (429, 503):  # the fault may be one's
+            for n, i in enumerate(members):
+                if frames:
+                    found[i] = {t: _placed(masks, prompts[i]) for t, masks in response.tracks[n].items()}
+                else:
+                    found[i] = _placed(response.masks[n], prompts[i])
+        except Exception as error:  # also an answer that does not fit the request: whatever it is, it stays with this group
+            temporary = isinstance(error, ServiceError) and error.status in (429, 503)
+            if len(members) > 1 and not temporary:  # the fault may be one's
                 for i in members:
                     await ask([i])
                 return
-            found.update((i, InvalidItem(reason=f"no masks from the segmentation service: {error}", temporary=error.status in (429, 503))) for i in members)
-            return
-        for n, i in enumerate(members):
-            if frames:
-                found[i] = {t: _placed(masks, prompts[i]) for t, masks in response.tracks[n].items()}
-            else:
-                found[i] = _placed(response.masks[n], prompts[i])
+            reason = str(error) if isinstance(error, ServiceError) else f"{type(error).__name__}: {str(error)[:500]}"
+            failed = InvalidItem(reason=f"no masks from the segmentation service: {reason}", temporary=temporary)
+            found.update(dict.fromkeys(members, failed))
 
     try:
         async with asyncio.timeout(seconds):
@@ -70,6 +72,8 @@ def _prompt(one: AnswerObject) -> PromptRequest | None:
 
 
 def _placed(masks: Sequence[Any], prompts: list[PromptRequest | None]) -> list[dict | None]:
+    if len(masks) != sum(p is not None for p in prompts):
+        raise ValueError(f"{len(masks)} masks came for {sum(p is not None for p in prompts)} objects")
     rest = iter(masks)
     return [None if p is None else next(rest).model_dump() for p in prompts]
 

@@ -78,7 +78,7 @@ class ScoreItem(_Strict):
     policy_size: Optional[Size] = Field(default=None, description="height, width of the image that the policy saw; null: that of the target")
     predicted_masks: Optional[Masks] = Field(default=None, description="SAM2's masks of the answer's objects on the target frame")
     predicted_tracks: Annotated[Optional[dict[int, Masks]], _few(MAX_FRAMES)] = Field(default=None, description="the same on each frame of the target")
-    video: Optional[str] = Field(default=None, max_length=4096, description="what the segmentation service calls the video, where masks are asked for here")
+    video: Optional[str] = Field(default=None, min_length=1, max_length=4096, description="what the segmentation service calls the video, where masks are asked for here")
     frame: Optional[Annotated[int, Field(ge=0)]] = Field(default=None, description="the target frame there")
 
 

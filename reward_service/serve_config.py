@@ -31,7 +31,7 @@ class RewardServeConfig:
     max_items: int = field(default=1024, metadata={"help": "Most items of a request.", "min": 1, "max": 4096})
     max_objects: int = field(default=256, metadata={"help": "Most objects of a target; an item with more is invalid.", "min": 1})
     max_mask_pixels: int = field(
-        default=2**28, metadata={"help": "Most pixels of an item's masks together, and of its frame; they are in memory at once. An item with more is invalid.", "min": 1}
+        default=2**28, metadata={"help": "Most pixels of an item's masks and frame, in memory at once; an item with more is invalid.", "min": 1}
     )
     max_queued_requests: int = field(default=256, metadata={"help": "Requests that each caller lets wait; more are refused with status 503.", "min": 1})
     wait_seconds: float = field(default=300.0, metadata={"help": "Most seconds until an answer; status 503 past it.", "min": 0.1})
@@ -43,7 +43,9 @@ class RewardServeConfig:
 
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; beyond loopback a token is required."})
     port: int = field(default=8001, metadata={"help": "Port to listen at; 0: any free one.", "min": 0, "max": 65535})
-    token: Optional[str] = field(default=None, metadata={"help": f"What clients must send as bearer token; null: that of the variable {TOKEN_VARIABLE}, if set."})
+    token: Optional[str] = field(
+        default=None, metadata={"help": f"What clients must send as bearer token; null: that of the variable {TOKEN_VARIABLE}, if set."}
+    )
     max_body_bytes: int = field(default=16 * MIB, metadata={"help": "Most bytes of a request.", "min": 1})
     body_seconds: float = field(default=30.0, metadata={"help": "Most seconds until a request has come; status 408 past it.", "min": 0.1})
     max_in_flight: int = field(default=256, metadata={"help": "Most HTTP requests at work or waiting; status 503 past it.", "min": 1})

@@ -15,7 +15,17 @@ from reward_service.config import RewardConfig
 from reward_service.config_values import reward_config
 from reward_service.parsing import parse_answer
 from reward_service.prompting import AT_A_TIME, Place, Segmenting, masks_of
-from reward_service.score_request import AnsweredObject, InvalidItem, ItemScore, MalformedItem, ParsedAnswer, ScoreItem, ScoreRequest, ScoreResponse, TargetRequest
+from reward_service.score_request import (
+    AnsweredObject,
+    InvalidItem,
+    ItemScore,
+    MalformedItem,
+    ParsedAnswer,
+    ScoreItem,
+    ScoreRequest,
+    ScoreResponse,
+    TargetRequest,
+)
 from reward_service.scoring import Score, maximum, score
 from reward_service.serve_config import RewardServeConfig
 from reward_service.target import FrameTarget, Target

@@ -153,7 +153,8 @@ def test_too_many_items():
 
 
 def test_a_million_wrong_things_are_one_error():
-    for wrong in ({str(n): 0 for n in range(3000)}, {**item(), "target": {**TARGETS[0], "boxes": [[]] * 3000}}, {**item(), "target": {**TARGETS[0], **{str(n): 0 for n in range(3000)}}}):
+    many = {str(n): 0 for n in range(3000)}
+    for wrong in (many, {**item(), "target": {**TARGETS[0], "boxes": [[]] * 3000}}, {**item(), "target": {**TARGETS[0], **many}}):
         (found,) = ScoreRequest(items=[wrong]).items
         assert len(found.reason) < 300
     with pytest.raises(ValueError, match="5000 entries are more than"):
@@ -192,7 +193,8 @@ def test_masks_are_asked_for_once_a_group():
 
 def test_answers_that_would_be_too_much_for_one_request_are_several():
     client, service = segmenting()
-    many = '<think>x</think><answer>[' + ", ".join(['{"bbox_2d": [10, 10, 29, 29], "negative_point_2d": [' + ", ".join(["[1, 1]"] * 100) + "]}"] * 100) + "]</answer>"
+    one = '{"bbox_2d": [10, 10, 29, 29], "negative_point_2d": [' + ", ".join(["[1, 1]"] * 100) + "]}"
+    many = f"<think>x</think><answer>[{', '.join([one] * 100)}]</answer>"
     scores = ask([item(many, video="a", frame=0)] * 3 + [item(video="a", frame=0)] * 70, service, reward=MASK_IOU)
     assert [len(r.hypotheses) for r in client.requests] == [2, 64, 7] and [sum(map(len, r.hypotheses)) for r in client.requests] == [200, 163, 7]
     assert all(len(r.hypotheses) <= 64 and all(len(o.points) <= 64 for h in r.hypotheses for o in h) for r in client.requests)
@@ -234,6 +236,16 @@ def test_the_fault_of_one_answer_stays_with_it():
     assert len(client.requests) == 4, "together, then each alone"
 
 
+def test_an_answer_of_the_segmentation_service_that_does_not_fit_stays_with_its_group():
+    client, service = segmenting()
+    client.fault = lambda request: RuntimeError("odd") if request.video == "a" else None
+    frames = {"-1": {"boxes": [], "masks": []}}
+    batch = [item(video="a", frame=0), item(video="b", frame=0), {**item(video="b", frame=0), "target": {**TARGETS[0], "frames": frames}}]
+    scores = ask(batch, service, reward=MASK_IOU)
+    assert "RuntimeError: odd" in scores[0].reason and scores[1].valid and scores[2].valid
+    assert "ValidationError" in ask(batch[2:], service, reward={"accuracy_iou": "video"})[0].reason
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_segmentation_service_that_is_full_is_a_temporary_failure(status):
     client, service = segmenting()
@@ -270,7 +282,14 @@ def test_a_local_client_may_be_called_where_an_event_loop_runs():
     client.close()
 
 
-@pytest.mark.parametrize("values, said", [(dict(replicas=0), "replicas must be at least 1"), (dict(max_items=5000), "max_items must be between"), (dict(segmentation="localhost:8000"), "is no URL")])
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        (dict(replicas=0), "replicas must be at least 1"),
+        (dict(max_items=5000), "max_items must be between"),
+        (dict(segmentation="localhost:8000"), "is no URL"),
+    ],
+)
 def test_settings_that_cannot_work(values, said):
     with pytest.raises(ValueError, match=said):
         load(RewardServeConfig(**values))
