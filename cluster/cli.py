@@ -158,6 +158,17 @@ def serve_segmentation(options: argparse.Namespace) -> None:
         serve_command.serve_segmentation(settings)
 
 
+def serve_reward(options: argparse.Namespace) -> None:
+    """Serve rewards to other RL stacks, by HTTP."""
+    from cluster import config_dump, serve_command
+
+    settings = serve_command.load_reward_settings(*_file_and_overrides(options))
+    if options.show:
+        print(config_dump.dump_yaml(settings), end="")
+    else:
+        serve_command.serve_reward(settings)
+
+
 def _recipe_and_overrides(options: argparse.Namespace) -> tuple[str, list[str]]:
     file, overrides = _file_and_overrides(options)
     return file or DEFAULT_RECIPE, overrides
@@ -205,10 +216,13 @@ def _parser() -> argparse.ArgumentParser:
     services = commands.add_parser("serve", help="Serve a part of the system to other programs.", description="Serve a part of the system to other programs.")
     kinds = services.add_subparsers(title="commands", metavar="COMMAND", required=True)
     rule = "Runs until Ctrl-C. A bearer token is read from the environment, VIDEOSEG_TOKEN; beyond this machine it is required."
-    example = "videoseg serve segmentation segmentation.checkpoint=facebook/sam2.1-hiera-large 'roots=[videos]'"
-    command = _add(kinds, "segmentation", serve_segmentation, example, rule)
-    command.add_argument("settings", metavar="[CONFIG] key=value", nargs="*", help="YAML file of settings, and changes to it")
-    command.add_argument("--show", action="store_true", help="print the settings with their meaning, and end")
+    for name, function, example in (
+        ("segmentation", serve_segmentation, "videoseg serve segmentation segmentation.checkpoint=facebook/sam2.1-hiera-large 'roots=[videos]'"),
+        ("reward", serve_reward, "videoseg serve reward reward.preset=vision_reasoner replicas=4"),
+    ):
+        command = _add(kinds, name, function, example, rule)
+        command.add_argument("settings", metavar="[CONFIG] key=value", nargs="*", help="YAML file of settings, and changes to it")
+        command.add_argument("--show", action="store_true", help="print the settings with their meaning, and end")
 
     data = commands.add_parser("data", help="Make or import episodes.", description="Make or import episodes.")
     kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)

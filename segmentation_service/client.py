@@ -6,13 +6,14 @@ import asyncio
 import random
 import threading
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .service import Answer, SegmentationService
 from .service_request import SegmentRequest, SegmentResponse, ServiceError
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
+
+    from .service import SegmentationService
 
 MAX_DEATHS = 4
 """A request during which this many replicas died is given up: it may be what kills them."""
@@ -36,27 +37,27 @@ class LocalClient:
         return [self._service.stats()]
 
 
-class HandleClient:
-    """Calls the replicas behind a handle, from any thread or event loop.
+class Replicas:
+    """Calls one method of the replicas behind a handle, from any thread or event loop: `method(request, alone=...)`, whose errors are returned.
 
     A request whose replica dies is sent again, after a growing pause: first in a batch of its own, from the second death on also
     one request at a time, so that one that kills its replica does not take the same others with it time and again. A full
     queue, no answer within `wait_seconds`, or no replica is a ServiceError 503; MAX_DEATHS dead replicas are a 500.
     """
 
-    def __init__(self, handle: DeploymentHandle, wait_seconds: float = 900.0) -> None:
-        self._handle, self.wait_seconds = handle, wait_seconds
+    def __init__(self, handle: DeploymentHandle, method: str, wait_seconds: float = 900.0) -> None:
+        self._handle, self._method, self.wait_seconds = handle, method, wait_seconds
         self.retries = 0
         self._suspects = asyncio.Lock()
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="segmentation-client", daemon=True).start()
+        threading.Thread(target=self._loop.run_forever, name=f"{method}-client", daemon=True).start()
 
-    def segment(self, request: SegmentRequest) -> SegmentResponse:
-        return asyncio.run_coroutine_threadsafe(self._segment(request), self._loop).result()
+    def ask(self, request: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(self._ask(request), self._loop).result()
 
-    async def segment_async(self, request: SegmentRequest) -> SegmentResponse:
+    async def ask_async(self, request: Any) -> Any:
         """Cancelling it cancels the request, if no replica is at work on it yet."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._segment(request), self._loop))
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._ask(request), self._loop))
 
     def stats(self) -> list[dict[str, float]]:
         """Counters of every replica."""
@@ -66,14 +67,14 @@ class HandleClient:
         """Ends the client's thread. Nothing may be under way."""
         self._loop.call_soon_threadsafe(self._loop.stop)
 
-    async def _segment(self, request: SegmentRequest) -> SegmentResponse:
+    async def _ask(self, request: Any) -> Any:
         try:
             async with asyncio.timeout(self.wait_seconds):
                 return _raised(await self._until_answered(request))
         except TimeoutError:
             raise ServiceError(503, f"no answer within {self.wait_seconds:g} s", retry_after=10.0) from None
 
-    async def _until_answered(self, request: SegmentRequest) -> Answer:
+    async def _until_answered(self, request: Any) -> Any:
         from ray.exceptions import RayActorError, RayError
         from ray.serve.exceptions import BackPressureError, RayServeException, ReplicaUnavailableError
 
@@ -97,8 +98,8 @@ class HandleClient:
             await asyncio.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2**pauses) * random.uniform(0.5, 1.5))
             pauses += 1
 
-    async def _once(self, request: SegmentRequest, alone: bool) -> Answer:
-        response = self._handle.segment.remote(request, alone=alone)
+    async def _once(self, request: Any, alone: bool) -> Any:
+        response = getattr(self._handle, self._method).remote(request, alone=alone)
         try:
             return await response
         except asyncio.CancelledError:
@@ -106,7 +107,20 @@ class HandleClient:
             raise
 
 
-def _raised(answer: Answer) -> SegmentResponse:
+class HandleClient(Replicas):
+    """Calls the replicas that `serve.start` started."""
+
+    def __init__(self, handle: DeploymentHandle, wait_seconds: float = 900.0) -> None:
+        super().__init__(handle, "segment", wait_seconds)
+
+    def segment(self, request: SegmentRequest) -> SegmentResponse:
+        return self.ask(request)
+
+    async def segment_async(self, request: SegmentRequest) -> SegmentResponse:
+        return await self.ask_async(request)
+
+
+def _raised(answer: Any) -> Any:
     if isinstance(answer, ServiceError):
         raise answer
     return answer

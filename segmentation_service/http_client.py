@@ -24,9 +24,9 @@ _JSON = {"content-type": "application/json"}
 _TYPES = {".zip": "application/zip", ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 
 
-class HttpClient:
-    """Calls a server, from any thread. One that is busy (429, 503) or cannot be reached is asked again, after the pause that it names or
-    a growing one, until `patience_seconds` have passed; then its last error is raised. Other errors are raised at once.
+class JsonClient:
+    """Posts JSON to a server, from any thread. One that is busy (429, 503) or cannot be reached is asked again, after the pause that it names
+    or a growing one, until `patience_seconds` have passed; then its last error is raised. Other errors are raised at once.
 
     url: such as http://127.0.0.1:8000; token: what the server asks for, if it does; answer_seconds: longest wait for one answer.
     """
@@ -41,26 +41,46 @@ class HttpClient:
         }
         self._client = httpx.Client(**self._options)
 
-    def segment(self, request: SegmentRequest) -> SegmentResponse:
+    def post(self, path: str, body: str) -> httpx.Response:
         """Raises ServiceError with the server's status and message; 503 where it cannot be reached."""
         patience = _Patience(self.patience_seconds)
         while True:
             try:
                 with _network_errors():
-                    return _segmented(self._client.post("/v1/segment", content=request.model_dump_json(), headers=_JSON))
+                    return _checked(self._client.post(path, content=body, headers=_JSON))
             except ServiceError as error:
                 time.sleep(patience.pause(error))
 
-    async def segment_async(self, request: SegmentRequest) -> SegmentResponse:
-        """As `segment`. Cancelling it cancels the request."""
+    async def post_async(self, path: str, body: str) -> httpx.Response:
+        """As `post`. Cancelling it cancels the request."""
         patience = _Patience(self.patience_seconds)
         async with httpx.AsyncClient(**self._options) as client:
             while True:
                 try:
                     with _network_errors():
-                        return _segmented(await client.post("/v1/segment", content=request.model_dump_json(), headers=_JSON))
+                        return _checked(await client.post(path, content=body, headers=_JSON))
                 except ServiceError as error:
                     await asyncio.sleep(patience.pause(error))
+
+    def stats(self) -> list[dict[str, float]]:
+        """Counters of each replica."""
+        with _network_errors():
+            return _checked(self._client.get("/v1/stats")).json()["replicas"]
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class HttpClient(JsonClient):
+    """The client of the segmentation service."""
+
+    def segment(self, request: SegmentRequest) -> SegmentResponse:
+        """Raises ServiceError as `post`."""
+        return _segmented(self.post("/v1/segment", request.model_dump_json()))
+
+    async def segment_async(self, request: SegmentRequest) -> SegmentResponse:
+        """As `segment`. Cancelling it cancels the request."""
+        return _segmented(await self.post_async("/v1/segment", request.model_dump_json()))
 
     def upload(self, path: str | Path) -> str:
         """Send a folder of frames, a ZIP of them, or one image; returns what requests call the video, `upload:ID`.
@@ -85,14 +105,6 @@ class HttpClient:
         """Delete an upload. Raises ServiceError 404 where there is none."""
         with _network_errors():
             _checked(self._client.delete(f"/v1/videos/{video}"))
-
-    def stats(self) -> list[dict[str, float]]:
-        """Counters of each replica."""
-        with _network_errors():
-            return _checked(self._client.get("/v1/stats")).json()["replicas"]
-
-    def close(self) -> None:
-        self._client.close()
 
 
 class _Patience:
@@ -133,7 +145,7 @@ def _checked(answer: httpx.Response) -> httpx.Response:
 
 def _segmented(answer: httpx.Response) -> SegmentResponse:
     try:
-        return SegmentResponse.model_validate_json(_checked(answer).content)
+        return SegmentResponse.model_validate_json(answer.content)
     except ValidationError as error:
         raise ServiceError(500, f"{answer.url} is no segmentation service: its answer is not what was asked for") from error
 

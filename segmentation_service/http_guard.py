@@ -11,10 +11,10 @@ import math
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from .serve_config import TOKEN_VARIABLE, ServeConfig
+from .serve_config import TOKEN_VARIABLE
 from .service_request import ServiceError
 
 logger = logging.getLogger(__name__)
@@ -24,15 +24,26 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 OPEN_PATHS = ("/healthz", "/openapi.json", "/docs")  # they say nothing that the source code does not
-UPLOADS = "/v1/videos"
 DRAIN_SECONDS = 1.0
+
+
+class Limits(Protocol):
+    """The settings that count here; with uploads also their `max_upload_bytes` and `upload_body_seconds`."""
+
+    host: str
+    token: str | None
+    max_body_bytes: int
+    body_seconds: float
+    wait_seconds: float
+    max_in_flight: int
+    max_in_flight_per_client: int
 
 
 class UnsafeServer(ValueError):
     """A server that would be open to others; the message says what to do."""
 
 
-def bearer_token(config: ServeConfig) -> str | None:
+def bearer_token(config: Limits) -> str | None:
     """The token that requests must carry, of the settings or else of the environment.
 
     Raises UnsafeServer where it would be easily guessed, or where there is none although other machines can reach the server.
@@ -61,10 +72,16 @@ class Guard:
     """
 
     def __init__(
-        self, app: Callable[[Scope, Receive, Send], Awaitable[None]], config: ServeConfig, token: str | None, in_flight: Counter[str], answers: Counter[int]
+        self,
+        app: Callable[[Scope, Receive, Send], Awaitable[None]],
+        config: Limits,
+        token: str | None,
+        in_flight: Counter[str],
+        answers: Counter[int],
+        uploads: str | None = None,
     ) -> None:
-        """in_flight by client and answers by status are kept up to date for the caller to read."""
-        self.app, self.config, self.token = app, config, token
+        """in_flight by client and answers by status are kept up to date for the caller to read. uploads: where large bodies are posted."""
+        self.app, self.config, self.token, self.uploads = app, config, token, uploads
         self.in_flight, self.answers = in_flight, answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,7 +89,7 @@ class Guard:
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
             raise ValueError(f"there is nothing here for {scope['type']}")
-        is_upload = scope["method"] == "POST" and scope["path"] == UPLOADS
+        is_upload = scope["method"] == "POST" and scope["path"] == self.uploads
         body = _Body(receive, self.config.max_upload_bytes if is_upload else self.config.max_body_bytes)
         answer = _Answer(send, body, self.answers)
         client, counted = (scope.get("client") or ("",))[0], scope["path"] not in OPEN_PATHS

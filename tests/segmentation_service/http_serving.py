@@ -16,7 +16,7 @@ from segmentation_service.http_server import address, listen, server
 
 
 @contextlib.contextmanager
-def serving(client, config):
+def serving(client, config, make_app=make_app):
     """The URL of a server in a thread of its own, until the block ends."""
     listening = listen("127.0.0.1", 0)
     app = server(make_app(client, config))

@@ -30,8 +30,8 @@ def test_the_examples_run_and_agree(tmp_path, monkeypatch):
     with serving(LocalClient(SegmentationService.load(config)), config) as url:
         exec(by_http.replace("http://127.0.0.1:8000", url), {})
         body = json.loads(re.search(r"-d '\n(.*?)'", DOC, re.DOTALL)[1])
-        assert httpx.post(f"{url}/v1/segment", json=body).status_code == 422, "this server does not propagate"
-        answer = httpx.post(f"{url}/v1/segment", json={**body, "propagate": False}).json()
+        assert httpx.post(f"{url}/v1/segment", json=body, timeout=60).status_code == 422, "this server does not propagate"
+        answer = httpx.post(f"{url}/v1/segment", json={**body, "propagate": False}, timeout=60).json()
         assert [len(masks) for masks in answer["masks"]] == [2] and answer["tracks"] is None
     assert (np.asarray(Image.open("overlay.png")) == expected).all()
     (readme,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
