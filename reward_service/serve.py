@@ -10,6 +10,7 @@ from ray.serve.handle import DeploymentHandle
 from reward_service.client import load
 from reward_service.score_request import ScoreRequest, ScoreResponse
 from reward_service.serve_config import RewardServeConfig, check
+from segmentation_service import serve_app
 from segmentation_service.service_request import ServiceError
 
 APPLICATION = "reward"
@@ -57,13 +58,9 @@ def start(config: RewardServeConfig) -> DeploymentHandle:
 
     Raises as `application`, and RuntimeError with the cause where a replica does not come up.
     """
-    app = application(config)
-    serve.start(proxy_location="Disabled")  # no effect where Serve runs already
-    return serve.run(app, name=APPLICATION, route_prefix=None)
+    return serve_app.run(application(config), APPLICATION)
 
 
 def stop() -> None:
     """Ends the application, and Ray Serve itself if that served nothing else."""
-    serve.delete(APPLICATION)
-    if not serve.status().applications:
-        serve.shutdown()
+    serve_app.stop(APPLICATION)

@@ -49,6 +49,26 @@ def check_sam2(checkpoint: str, backend: str = "transformers", model_config: str
         check_folder(checkpoint)
 
 
+def check_propagation(method: str, checkpoint: str, model_config: str | None = None) -> None:
+    """As `check_sam2`, of the weights of a method of propagation."""
+    path = Path(checkpoint).expanduser()
+    if method == "sam2" and checkpoint.endswith(".pt"):
+        find_meta_config(checkpoint, model_config)
+    elif method == "sam2":
+        check_folder(checkpoint, video=True)
+    elif not path.exists():
+        raise CheckpointError(f"{method} checkpoint {checkpoint} does not exist", "give its file, such as XMem.pth, or the folder of an XMem")
+    elif path.is_dir() and (method != "xmem" or not (path / "model.safetensors").is_file() or _model_type(path) != "xmem"):
+        raise CheckpointError(f"checkpoint {checkpoint} is not the folder of an XMem", "give one as examples/toy/train_xmem.py writes it, or the file of weights")
+
+
+def _model_type(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def find_meta_config(checkpoint: str, model_config: str | None = None) -> Path:
     """The YAML file of the architecture of a checkpoint of Meta's package `sam2`, which must be a file.
 

@@ -32,6 +32,8 @@ class JsonClient:
     """
 
     def __init__(self, url: str, token: str | None = None, patience_seconds: float = 120.0, answer_seconds: float = 1000.0) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"the url of a server begins with http:// or https://; got {url!r}")
         self.patience_seconds = patience_seconds
         self._options: dict[str, Any] = {
             "base_url": url,

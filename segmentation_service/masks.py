@@ -19,17 +19,17 @@ def encode_rle(mask_HW) -> dict:
     return {"size": [int(rle["size"][0]), int(rle["size"][1])], "counts": rle["counts"].decode("ascii")}
 
 
-def decode_rle(rle: dict) -> np.ndarray:
+def decode_rle(rle) -> np.ndarray:
     """Decode COCO RLE, compressed (``counts`` str or bytes) or not (list of ints), into a bool mask ``(H, W)``.
 
-    Raises ValueError where it is no RLE, or its runs do not add up to H * W (pycocotools itself would answer with
+    rle: a dictionary, or an object with ``size`` and ``counts`` such as the service's `Rle`. Raises ValueError where it is no RLE, or its runs do not add up to H * W (pycocotools itself would answer with
     whatever lies in memory behind the last run).
     """
     from pycocotools import mask as coco
 
     try:
-        height, width = (int(n) for n in rle["size"])
-        counts = rle["counts"]
+        size, counts = (rle.size, rle.counts) if hasattr(rle, "counts") else (rle["size"], rle["counts"])
+        height, width = (int(n) for n in size)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f'a run-length mask is {{"size": [h, w], "counts": ...}}; got {str(rle)[:80]}') from error
     if height <= 0 or width <= 0:

@@ -57,9 +57,7 @@ def save_overlay(path: str | Path, frame_HW3: np.ndarray, masks: Sequence, boxes
 
 
 def _as_mask(mask) -> np.ndarray:
-    if hasattr(mask, "counts"):
-        mask = {"size": list(mask.size), "counts": mask.counts}
-    return decode_rle(mask) if isinstance(mask, dict) else np.asarray(mask).astype(bool)
+    return decode_rle(mask) if isinstance(mask, dict) or hasattr(mask, "counts") else np.asarray(mask).astype(bool)
 
 
 def _colour(i: int) -> tuple[int, int, int]:

@@ -8,8 +8,9 @@ import os
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from . import serve_app
 from .batching import BatchThread
-from .checkpoint import check_sam2
+from .checkpoint import check_propagation, check_sam2
 from .serve_config import ServeConfig, check
 from .service import Answer, SegmentationService
 from .service_request import SegmentRequest
@@ -44,6 +45,8 @@ def application(config: ServeConfig) -> serve.Application:
     check(config)
     s = config.segmentation
     check_sam2(s.checkpoint, s.backend, s.model_config)
+    if s.propagation.checkpoint is not None:
+        check_propagation(s.propagation.method, s.propagation.checkpoint, s.propagation.model_config)
     # Replicas share the machine: threads that spin while they wait (OpenMP's default) would take it from the one at work.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(s.cpus_per_replica)}
     deployment = serve.deployment(
@@ -65,13 +68,9 @@ def start(config: ServeConfig) -> DeploymentHandle:
 
     Raises as `application`, and RuntimeError with the cause where a replica does not come up.
     """
-    app = application(config)
-    serve.start(proxy_location="Disabled")  # no effect where Serve runs already
-    return serve.run(app, name=APPLICATION, route_prefix=None)
+    return serve_app.run(application(config), APPLICATION)
 
 
 def stop() -> None:
     """Ends the application, and Ray Serve itself if that served nothing else."""
-    serve.delete(APPLICATION)
-    if not serve.status().applications:
-        serve.shutdown()
+    serve_app.stop(APPLICATION)

@@ -51,7 +51,7 @@ class SegmentRequest(_Strict):
 
 
 class Rle(_Strict):
-    """A mask as COCO RLE; `segmentation_service.masks.decode_rle` and pycocotools read it."""
+    """A mask as COCO RLE; `segmentation_service.masks.decode_rle` reads it, pycocotools its `model_dump()`."""
 
     size: tuple[int, int] = Field(description="height, width")
     counts: str

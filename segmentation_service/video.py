@@ -43,7 +43,7 @@ class ImageFolder:
     def frame(self, i: int) -> np.ndarray:
         from PIL import Image
 
-        file = self.folder / self.names[i]
+        file = self.folder / self.names[check_frame_number(self, i)]
         try:
             with Image.open(file) as image:
                 return np.asarray(image.convert("RGB"))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .video import VideoError
+from .video import VideoError, check_frame_number
 
 FORMATS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,ivf,h264,hevc"
 """Containers by FFmpeg's names (mov is mp4 too, matroska webm). Playlists are none: they would read whatever files they name."""
@@ -31,7 +31,7 @@ class VideoFile:
         self.counted = False
         self._rest()
         if not self.file.is_file():
-            raise VideoError(f"{self.file}: no such video file")
+            raise VideoError(f"{self.file}: no such video file, and no folder of frames")
         self.times, self.key_times = self._scan()
         if not self.times:
             raise VideoError(f"{self.file}: has no video frame that can be decoded; encode it anew or drop the video")
@@ -40,9 +40,8 @@ class VideoFile:
         return len(self.times)
 
     def frame(self, i: int) -> np.ndarray:
-        """Frame i, uint8 (H, W, 3). Raises VideoError where it cannot be decoded, and IndexError past the end."""
-        if not 0 <= i < len(self.times):
-            raise IndexError(f"frame {i} of {len(self.times)}")
+        """Frame i, uint8 (H, W, 3). Raises VideoError where there is none, or it cannot be decoded."""
+        check_frame_number(self, i)
         if i in self._cache:
             self._cache.move_to_end(i)
             return self._cache[i]
@@ -83,7 +82,7 @@ class VideoFile:
         try:
             container = av.open(str(self.file), options={"format_whitelist": FORMATS, "protocol_whitelist": "file"})
         except (OSError, ValueError, RuntimeError) as error:
-            raise VideoError(f"{self.file}: not a readable video ({error})") from error
+            raise VideoError(f"{self.file}: not a readable video ({error.strerror if isinstance(error, OSError) else error}); give a video file or a folder of images") from error
         if not container.streams.video:
             container.close()
             raise VideoError(f"{self.file}: holds no video stream")

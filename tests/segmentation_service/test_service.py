@@ -4,11 +4,13 @@ import dataclasses
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
-from served import BOX, FRAMES, HEIGHT, OTHER_BOX, POINT, WIDTH, ask, make_config, same, write_video
+from served import BOX, FRAMES, HEIGHT, OTHER_BOX, POINT, TOY_SAM2, WIDTH, ask, make_config, same, write_video
 
 from segmentation_service.client import LocalClient
+from segmentation_service.masks import decode_rle
 from segmentation_service.references import References
 from segmentation_service.service import SegmentationService
 from segmentation_service.service_request import SegmentResponse, ServiceError
@@ -182,3 +184,21 @@ def test_threads_may_share_a_local_client(service):
     for thread in threads:
         thread.join()
     assert len(found) == 8 and all(same(answer, client.segment(request)) for request, answer in found)
+
+
+@pytest.mark.parametrize("wrong, message", [("none.pth", "xmem checkpoint .*none.pth does not exist"), ("sam2", "is not the folder of an XMem")])
+def test_weights_of_propagation_are_looked_for_before_ray_starts(tmp_path, wrong, message):
+    from segmentation_service import serve
+    from segmentation_service.checkpoint import CheckpointError
+
+    config = make_config(tmp_path)
+    config.segmentation.propagation.checkpoint = str(TOY_SAM2.parent / wrong)
+    with pytest.raises(CheckpointError, match=message):
+        serve.application(config)
+
+
+def test_masks_of_an_answer_can_be_decoded(tmp_path):
+    service = SegmentationService.load(make_config(tmp_path))
+    (answer,) = service.segment_batch([ask("red", 1, (BOX,))])
+    rle = answer.masks[0][0]
+    assert decode_rle(rle).any() and np.array_equal(decode_rle(rle), decode_rle(rle.model_dump()))

@@ -74,7 +74,7 @@ def test_every_frame_is_the_one_that_was_written(video, order):
         frame = video.frame(i)
         assert frame.shape == (H, W, 3) and frame.dtype == np.uint8
         assert number(frame) == i
-    with pytest.raises(IndexError):
+    with pytest.raises(VideoError, match="frame 70 was asked for, but the video has frames 0 to 69"):
         video.frame(70)
 
 
