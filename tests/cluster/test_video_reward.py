@@ -53,7 +53,7 @@ def test_a_group_is_tracked_once_and_earns_the_mean_j_of_its_masks(ray_session, 
     draw = max((d for d in draws.held_out(6) if len(d.target) == 1), key=lambda d: d.target.masks.sum())
 
     async def scored():
-        return await Run.score(run, draw, right_and_wrong(draw), masks=False)
+        return await Run.score(run, draw, right_and_wrong(draw), masks=False, online=None)
 
     try:
         ray.get(actor.ready.remote(), timeout=120)
