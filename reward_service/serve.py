@@ -44,10 +44,7 @@ def application(config: RewardServeConfig) -> serve.Application:
         num_replicas=config.replicas,
         max_ongoing_requests=ONGOING,
         max_queued_requests=config.max_queued_requests,
-        max_constructor_retry_count=2,
-        health_check_period_s=5,
-        health_check_timeout_s=60,
-        graceful_shutdown_timeout_s=20,
+        **serve_app.OPTIONS,
         ray_actor_options={"num_cpus": config.cpus_per_replica, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}},
     )
     return deployment.bind(config)

@@ -54,10 +54,7 @@ def application(config: ServeConfig) -> serve.Application:
         num_replicas=s.replicas,
         max_ongoing_requests=2 * config.batch_size,  # one batch at work, the next one ready
         max_queued_requests=config.max_queued_requests,
-        max_constructor_retry_count=2,
-        health_check_period_s=5,
-        health_check_timeout_s=60,
-        graceful_shutdown_timeout_s=20,
+        **serve_app.OPTIONS,
         ray_actor_options={"num_cpus": s.cpus_per_replica, "num_gpus": config.gpus_per_replica, "runtime_env": {"env_vars": environment}},
     )
     return deployment.bind(config)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+OPTIONS = {"max_constructor_retry_count": 2, "health_check_period_s": 5, "health_check_timeout_s": 60, "graceful_shutdown_timeout_s": 20}
+"""How long replicas of any service may take to start, to answer a health check, and to end."""
+
 
 def run(app: serve.Application, name: str) -> DeploymentHandle:
     """The handle of the running application, once all replicas are ready. Raises RuntimeError with the cause where one does not come up."""

@@ -29,6 +29,7 @@ class VideoFile:
         self.file = Path(file).expanduser()
         self.cache_bytes = cache_bytes
         self.counted = False
+        self._container: Any = None
         self._rest()
         if not self.file.is_file():
             raise VideoError(f"{self.file}: no such video file, and no folder of frames")
@@ -69,9 +70,9 @@ class VideoFile:
         return {**self.__dict__, "_container": None, "_frames": None, "_next": 0, "_cache": OrderedDict()}
 
     def _rest(self) -> None:
-        if getattr(self, "_container", None) is not None:
+        if self._container is not None:
             self._container.close()
-        self._container: Any = None
+        self._container = None
         self._frames: Iterator[Any] | None = None
         self._next = 0  # the first frame that `_frames` can still give
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()

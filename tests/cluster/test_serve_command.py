@@ -120,7 +120,6 @@ def running(kind, settings):
         server.stdout.close()
 
 
-@pytest.mark.skipif(not SAM2.is_dir(), reason="the toy SAM2 is not trained yet")
 def test_segmentation_from_start_to_ctrl_c(tmp_path_factory):
     from segmentation_service.client import LocalClient
     from segmentation_service.http_client import HttpClient

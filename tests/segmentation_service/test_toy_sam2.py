@@ -9,7 +9,7 @@ from segmentation_service.segmenter import ObjectPrompt, Segmenter
 
 TOY = Path(__file__).resolve().parents[2] / "examples/toy/models/sam2"
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(not TOY.is_dir(), reason="the toy SAM2 is not trained yet")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
