@@ -42,6 +42,8 @@ class TermWeights:
     negative_point: float = weight(1.0, "negative points close to, not on, the target (0..1)", PAPER + "; placement ours")
     no_repeat: float = weight(1.0, "no sentence said again and again (0..1)", VISION_REASONER)
     mask_iou: float = weight(0.0, "IoU of the union of SAM2's masks on the target frame (0..1)", OURS)
+    video_quality: float = weight(0.0, "J, F or J&F of the union of the propagated masks over the annotated frames (0..1)", OURS)
+    temporal_consistency: float = weight(0.0, "propagated masks change from frame to frame as the true ones do (0..1)", OURS)
     keyframe: float = weight(0.0, "area of the target on the frame chosen (0..1; veason_r1, revseg)", "Veason-R1, ReVSeg")
     video_iou: float = weight(0.0, "mean mask IoU over the shown frames (0..1; veason_r1)", "Veason-R1")
 
@@ -86,6 +88,7 @@ class RewardConfig:
     point_threshold: float = option(30.0, "a point counts when its distance is below this", VISION_REASONER, min=0.0)
     negative_reach: float = option(40.0, "a negative point counts when 0 < L1 distance <= this", PAPER + " (tau_neg)", min=0.0)
     mask_iou_threshold: float = option(0.5, "the mask_iou term counts above this, strictly", OURS, min=0.0, max=1.0)
+    video_quality_threshold: float = option(0.5, "the video_quality term counts above this, strictly", OURS, min=0.0, max=1.0)
 
     accuracy_iou: str = option(
         "box",
@@ -93,11 +96,15 @@ class RewardConfig:
         VISION_REASONER,
         choices=("box", "mask", "video"),
     )
+    video_measure: str = option(
+        "jf", "what video_quality is, a mean over the annotated frames: j (region), f (boundary), or jf (the mean of both)", OURS, choices=("j", "f", "jf")
+    )
     iou_grading: str = grading("iou")
     box_l1_grading: str = grading("box_l1")
     point_grading: str = grading("point")
     negative_grading: str = grading("negative_point")
     mask_iou_grading: str = grading("mask_iou")
+    video_quality_grading: str = grading("video_quality")
     graded_reach: float = option(4.0, "a graded distance falls from 1 to 0 at this many thresholds", OURS, min=1.0)
 
     space: str = option(
@@ -120,11 +127,6 @@ class RewardConfig:
             raise ValueError(
                 f"reward.length.hard_from={self.length.hard_from} is below easy_below={self.length.easy_below}; raise it"
             )
-        if self.accuracy_iou == "video" and self.weights.mask_iou:
-            raise ValueError(
-                f"reward.weights.mask_iou={self.weights.mask_iou!r}: takes masks on the target frame, and reward.accuracy_iou='video' masks on "
-                "all annotated frames in their place; set it to 0, or reward.accuracy_iou='mask'"
-            )
         _check_known(self, _preset_module(self.formula))
 
     @classmethod
@@ -143,14 +145,30 @@ class RewardConfig:
         return cls(formula=name, **values)
 
     @property
+    def mask_terms(self) -> tuple[str, ...]:
+        """The active settings that need SAM2's masks of the answer on the target frame."""
+        return self._active("mask_iou") + self._accuracy_by("mask")
+
+    @property
+    def video_terms(self) -> tuple[str, ...]:
+        """The active settings that need propagated masks on every frame of `target.frames`."""
+        return self._active("video_iou", "video_quality", "temporal_consistency") + self._accuracy_by("video")
+
+    @property
     def needs_predicted_masks(self) -> bool:
-        """True when SAM2's masks of the answer on the target frame must be passed as `predicted_masks`."""
-        return self.weights.mask_iou > 0 or (self.accuracy_iou == "mask" and self.weights.iou > 0)
+        """True when `predicted_masks` must have SAM2's masks of the answer on the target frame."""
+        return bool(self.mask_terms)
 
     @property
     def needs_video_masks(self) -> bool:
-        """True when propagated masks on every frame of `target.frames` must be passed as `predicted_masks`."""
-        return self.weights.video_iou > 0 or (self.accuracy_iou == "video" and self.weights.iou > 0)
+        """True when `predicted_masks` must be {frame id: masks}, with every frame of `target.frames`."""
+        return bool(self.video_terms)
+
+    def _active(self, *terms: str) -> tuple[str, ...]:
+        return tuple(name for name in terms if getattr(self.weights, name) > 0)
+
+    def _accuracy_by(self, overlap: str) -> tuple[str, ...]:
+        return (f"accuracy_iou={overlap}",) if self.accuracy_iou == overlap and self.weights.iou > 0 else ()
 
     @property
     def needs_length(self) -> bool:

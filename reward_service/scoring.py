@@ -56,7 +56,8 @@ def score(
     uncertainty: 0..1, used by presets that widen the budget with it. length: tokens used, counted as `config.length.unit`
         says (see `think_span`); units of words are counted here when it is None.
     predicted_masks: masks of `answer.objects`, in order, on the target frame: (N, H, W) bool, or N masks or RLE dicts
-        (None for an object that could not be prompted). For video terms: {frame id: such masks} with each of target.frames.
+        (None for an object that could not be prompted). Where a term is about the video: {frame id: such masks} with each of
+        target.frames, and with target.frame if another term is about the target frame.
 
     Raises MissingInput (a ValueError) when an active term lacks an input, ValueError when inputs do not fit each other.
     No completion, however malformed, raises. Sources of all terms: docs/rewards.md.
@@ -84,9 +85,8 @@ def score_group(
     for name, given in (("uncertainties", uncertainties), ("lengths", lengths), ("predicted_masks", predicted_masks)):
         if given is not None and len(given) != n:
             raise ValueError(f"{len(given)} {name} for {n} completions: give one each")
-    if predicted_masks is None and (config.needs_predicted_masks or config.needs_video_masks):
-        active = "video_iou or accuracy_iou=video" if config.needs_video_masks else "mask_iou or accuracy_iou=mask"
-        raise MissingInput(f"an active term ({active}) needs SAM2's masks: pass predicted_masks, or switch it off")
+    if predicted_masks is None and (active := config.mask_terms + config.video_terms):
+        raise MissingInput(f"an active term ({', '.join(active)}) needs SAM2's masks: pass predicted_masks, or switch it off")
     if n == 0:
         return []
     answers = [c if isinstance(c, Answer) else parse_answer(c) for c in completions]

@@ -31,7 +31,8 @@ class Target:
 
     image_size: (H, W). boxes: N x [x1, y1, x2, y2], integer corners inclusive. points: per object a list of [x, y], the
     first inside its mask. masks: (N, H, W) bool, or N masks (H, W) or COCO RLE dicts. frames: shown frame id ->
-    FrameTarget (or a dict with its fields), in the order shown. N = 0 is legal: nothing to find.
+    FrameTarget (or a dict with its fields), in the order shown. frame: id of the target frame, by which terms on the target
+    frame find its masks where the predicted ones are {frame id: masks}. N = 0 is legal: nothing to find.
     Raises ValueError naming what does not fit.
     """
 
@@ -40,6 +41,7 @@ class Target:
     points: Optional[Sequence[Sequence[Sequence[float]]]] = None
     masks: object = None
     frames: Optional[Mapping[int, FrameTarget]] = None
+    frame: Optional[int] = None
     _cache: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
@@ -102,6 +104,16 @@ class Target:
         if given is None:
             raise MissingInput(f"the keyframe and video_iou terms need masks in target.frames[{frame!r}]")
         return self.cached(("frame", frame), lambda: union_of(given, f"target.frames[{frame!r}].masks", self._frames_hw()))
+
+    def video_union_HW(self, frame) -> np.ndarray:
+        """bool (H, W), of the target frame's size: union of the objects on another frame, zero where all are out of view."""
+        given = self.frames[frame].masks
+        if given is None:
+            raise MissingInput(f"the video_quality and temporal_consistency terms need masks in target.frames[{frame!r}]")
+        union = union_of(given, what := f"target.frames[{frame!r}].masks", self.image_size)
+        if union.shape != self.image_size:
+            raise ValueError(f"{what} are {union.shape}, the target frame is {self.image_size} (height, width)")
+        return union
 
     def frame_masks_NHW(self, frame) -> np.ndarray:
         """bool (N, H, W): the objects of the target on another frame, in the order of `boxes`, zero where one is out of view."""

@@ -1,0 +1,68 @@
+"""iou, box_l1 and point of a group: all pairs of predicted and true objects at once, then one-to-one matching, answer by answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from reward_service import matching, terms
+
+if TYPE_CHECKING:
+    from reward_service.group import Group
+
+_NO_BOX, _NO_POINT = (np.nan,) * 4, (np.nan,) * 2
+
+
+def accuracy(group: Group) -> tuple[dict[str, list[float]], list[float]]:
+    """The active ones of iou, box_l1 and point, each with a value an answer, and the mean IoU of boxes matched by it, over max(M, N)."""
+    target, weights, objects = group.target, group.config.weights, group.objects
+    active = [name for name in ("iou", "box_l1", "point") if getattr(weights, name)]
+    if not len(target):
+        return dict.fromkeys(active, group.says_nothing), group.says_nothing
+    pairs, box_iou_PN = _pairs(group, active)
+    gain_PN = sum((getattr(weights, name) * pairs[k] for k, name in enumerate(active)), np.zeros_like(box_iou_PN))
+    largest = np.array([max(a.n_items if a.strict else 0, len(target)) for a in group.answers])
+    values = [matched / largest for matched in _matched_sums(gain_PN, pairs, objects)] if active else []
+    return dict(zip(active, (v.tolist() for v in values))), (_matched_sums(box_iou_PN, box_iou_PN[None], objects)[0] / largest).tolist()
+
+
+def _matched_sums(gain_PN, values_KPN, objects) -> list[np.ndarray]:
+    """For each of the K values its sum (G,) over the pairs that `gain` assigns, answer by answer."""
+    ends = np.cumsum([len(mine) for mine in objects])
+    starts = ends - [len(mine) for mine in objects]
+    matched = [matching.assign(gain_PN[start:end]) for start, end in zip(starts.tolist(), ends.tolist())]
+    counts = [len(rows) for rows, _ in matched]
+    rows = np.concatenate([rows for rows, _ in matched]) + np.repeat(starts, counts)
+    picked = values_KPN[:, rows, np.concatenate([columns for _, columns in matched])]
+    owner = np.repeat(np.arange(len(objects)), counts)
+    return [np.bincount(owner, weights=one, minlength=len(objects)) for one in picked]
+
+
+def _pairs(group: Group, active: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(len(active), P, N) values of every pair, P over all objects of the group, and the (P, N) box IoU."""
+    target, config = group.target, group.config
+    everyone = [one for mine in group.objects for one in mine]
+    boxes = np.array([one.box or _NO_BOX for one in everyone], dtype=np.float64).reshape(-1, 4) * (group.to_answer * 2)
+    true_boxes = target.boxes_N4() * (group.to_target * 2)
+    box_iou = matching.box_iou_matrix(boxes, true_boxes)
+    values = np.zeros((len(active), *box_iou.shape))
+    for k, name in enumerate(active):
+        if name == "iou":
+            overlap = {"box": lambda: box_iou, "mask": lambda: _mask_pairs(group), "video": lambda: group.video.pairs_PN}[config.accuracy_iou]()
+            values[k] = terms.above(overlap, config.iou_threshold, config.iou_grading)
+        elif name == "box_l1":
+            distance = matching.box_l1_matrix(boxes, true_boxes)
+            values[k] = terms.below(distance, config.box_l1_threshold, config.box_l1_grading, config.graded_reach)
+        else:
+            points = np.array([one.point or _NO_POINT for one in everyone], dtype=np.float64).reshape(-1, 2) * group.to_answer
+            distance = matching.point_distance_matrix(points, target.points_N2() * group.to_target)
+            near = terms.below(distance, config.point_threshold, config.point_grading, config.graded_reach)
+            values[k] = near * matching.point_in_own_box(points, boxes)[:, None]
+    return values, box_iou
+
+
+def _mask_pairs(group: Group) -> np.ndarray:
+    true_masks = group.target.masks_NHW("iou (accuracy_iou=mask)")
+    rows = [matching.mask_iou_matrix(masks[: len(mine)], true_masks) for mine, masks in zip(group.objects, group.masks)]
+    return np.concatenate(rows)
