@@ -27,7 +27,7 @@ with atheris.instrument_imports(include=["reward_service"]):
     import reward_service.labels  # noqa: F401
     import reward_service.matching  # noqa: F401
     import reward_service.presets  # noqa: F401
-    from reward_service.config import FORMULAS, RewardConfig
+    from reward_service.config import FORMULAS, RewardConfig, TermWeights
     from reward_service.parsing import parse_answer
     from reward_service.scoring import maximum, score
     from reward_service.target import FrameTarget, Target
@@ -111,7 +111,9 @@ def main() -> None:
 
     configs = {name: RewardConfig.preset(name) for name in FORMULAS}
     configs["videoseg_r1, masks, graded"] = RewardConfig(accuracy_iou="mask", iou_grading="graded", box_l1_grading="graded", point_grading="graded")
-    configs["videoseg_r1, video"] = RewardConfig(accuracy_iou="video", iou_grading="graded")
+    configs["videoseg_r1, video"] = RewardConfig(
+        accuracy_iou="video", iou_grading="graded", weights=TermWeights(video_quality=1, temporal_consistency=1)
+    )
     tally = Tally(configs, args.seconds, write)
 
     def target(data: bytes) -> None:

@@ -110,17 +110,19 @@ def combination_problems(config: RunConfig) -> list[Problem]:
         "needs answers that name their key frame, which training does not ask for",
         "set it to 0, or use reward.accuracy_iou=video with a formula that has it",
     )
-    refuse(
-        config.reward.needs_video_masks and config.segmentation.propagation.checkpoint is None,
-        "reward.accuracy_iou",
-        "is video, which needs masks propagated through the video, and segmentation.propagation.checkpoint is null",
-        "set that to weights such as XMem.pth or examples/toy/models/xmem, or use reward.accuracy_iou=mask",
-    )
+    for term in config.reward.video_terms:
+        by_accuracy = term == "accuracy_iou=video"
+        refuse(
+            config.segmentation.propagation.checkpoint is None,
+            "reward.accuracy_iou" if by_accuracy else f"reward.weights.{term}",
+            f"is {'video' if by_accuracy else 'above 0'}, which needs masks propagated through the video, and segmentation.propagation.checkpoint is null",
+            f"set that to weights such as XMem.pth or examples/toy/models/xmem, or {'use reward.accuracy_iou=mask' if by_accuracy else 'set this to 0'}",
+        )
     refuse(
         config.difficulty.is_online and config.difficulty.success == "mask_iou" and not (config.reward.needs_predicted_masks or config.reward.needs_video_masks),
         "difficulty.success",
         "is mask_iou, but no reward term needs masks, so training makes none",
-        "use box_iou, or reward.accuracy_iou=mask or video, or reward.weights.mask_iou above 0",
+        "use box_iou, or reward.accuracy_iou=mask or video, or a weight of mask_iou, video_quality or temporal_consistency above 0",
     )
     if data.generate == "toy":
         train, made = PurePath(data.train), PurePath(data.train).parent / "valid_u"

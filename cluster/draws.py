@@ -107,5 +107,6 @@ def target_of(episode: Episode, t: int) -> Target:
         points=[[list(a.point)] for a in visible],
         masks=episode.masks(t),
         frames={f: FrameTarget(masks=[track.get(f) for track in tracks]) for f in episode.annotated_frames},
+        frame=t,
     )
 

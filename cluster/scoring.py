@@ -88,7 +88,9 @@ async def score_group(
             tracks = await _retried(lambda: propagate(draw.video, prompt.target_frame, masks, annotated), tries, timeout_seconds)
     except Exception as error:  # whatever the service raised is the cause that the run reports
         return replace(group, failure=f"segmentation failed {tries} times, last: {type(error).__name__}: {error}")
-    decoded = None if masks is None else [_decode(m, draw.target.image_size) for m in masks]
+    decoded = predicted = None if masks is None else [_decode(m, draw.target.image_size) for m in masks]
+    if tracks is not None:
+        predicted = [track | {prompt.target_frame: on_target_frame} for track, on_target_frame in zip(tracks, decoded)]
     truth = np.asarray(draw.target.masks, bool).any(0)
     box_ious = tuple(mean_box_iou(a, draw.target) for a in answers)
     mask_ious = () if decoded is None else tuple(union_iou(m.any(0), truth) for m in decoded)
@@ -104,7 +106,7 @@ async def score_group(
         difficulty=difficulty,
         uncertainties=uncertainties or None,
         lengths=_lengths(completions, reasoning_tokens, config.length.unit),
-        predicted_masks=tracks if config.needs_video_masks else decoded,
+        predicted_masks=predicted,
     )
     return replace(
         group,

@@ -26,7 +26,7 @@ class Segmenting(Protocol):
 
 
 async def masks_of(answers: Sequence[Answer], place: Place, client: Segmenting, seconds: float) -> list[Any]:
-    """For each answer what `score` takes as `predicted_masks`, or why there is none.
+    """For each answer what `score` takes as `predicted_masks`, or why there is none; by frame id where they are propagated, with the target frame.
 
     Masks are RLE dicts, one an object, None for an object that names nothing to segment. After `seconds` all answers without
     masks are given up; an error that comes at once is told at once.
@@ -40,10 +40,9 @@ async def masks_of(answers: Sequence[Answer], place: Place, client: Segmenting, 
         try:
             response = await client.segment_async(SegmentRequest(video=video, frame=frame, hypotheses=hypotheses, propagate=frames or False))
             for n, i in enumerate(members):
+                found[i] = _placed(response.masks[n], prompts[i])
                 if frames:
-                    found[i] = {t: _placed(masks, prompts[i]) for t, masks in response.tracks[n].items()}
-                else:
-                    found[i] = _placed(response.masks[n], prompts[i])
+                    found[i] = {t: _placed(masks, prompts[i]) for t, masks in response.tracks[n].items()} | {frame: found[i]}
         except Exception as error:  # also an answer that does not fit the request: whatever it is, it stays with this group
             temporary = isinstance(error, ServiceError) and error.status in (429, 503)
             if len(members) > 1 and not temporary:  # the fault may be one's

@@ -64,6 +64,7 @@ class TargetRequest(_Strict):
     points: Optional[Several[Several[Point]]] = Field(default=None, description="x, y of points of each object, the first inside its mask")
     masks: Optional[Masks] = Field(default=None, description="one an object")
     frames: Annotated[Optional[dict[int, FrameRequest]], _few(MAX_FRAMES)] = Field(default=None, description="by frame id, in the order shown")
+    frame: Optional[int] = Field(default=None, description="id of the target frame; null: the `frame` of the item")
 
 
 class ScoreItem(_Strict):
@@ -77,9 +78,9 @@ class ScoreItem(_Strict):
     units: Literal["pixels", "relative_1000"] = Field(default="pixels", description="of the answer's coordinates")
     policy_size: Optional[Size] = Field(default=None, description="height, width of the image that the policy saw; null: that of the target")
     predicted_masks: Optional[Masks] = Field(default=None, description="SAM2's masks of the answer's objects on the target frame")
-    predicted_tracks: Annotated[Optional[dict[int, Masks]], _few(MAX_FRAMES)] = Field(default=None, description="the same on each frame of the target")
+    predicted_tracks: Annotated[Optional[dict[int, Masks]], _few(MAX_FRAMES)] = Field(default=None, description="the same on each frame of the target, by frame id")
     video: Optional[str] = Field(default=None, min_length=1, max_length=4096, description="what the segmentation service calls the video, where masks are asked for here")
-    frame: Optional[Annotated[int, Field(ge=0)]] = Field(default=None, description="the target frame there")
+    frame: Optional[Annotated[int, Field(ge=0)]] = Field(default=None, description="the target frame there; null: that of the target")
 
 
 class MalformedItem(BaseModel):

@@ -60,7 +60,7 @@ class RewardService:
             raise ServiceError(422, str(error)) from error
         works = await asyncio.to_thread(self._prepare, request.items)
         if config.needs_predicted_masks or config.needs_video_masks:
-            works = await self._with_masks(works, config.needs_video_masks, named=config.weights.video_iou > 0)
+            works = await self._with_masks(works, config)
         scores = await asyncio.to_thread(lambda: tuple(w if isinstance(w, InvalidItem) else _scored(w, config) for w in works))
         self.counts["requests"] += 1
         self.counts["items"] += len(scores)
@@ -77,7 +77,8 @@ class RewardService:
                 continue
             try:
                 self._check(item)
-                target = last.target if last is not None and last.item.target == item.target else _target(item.target)
+                shared = last is not None and (last.item.target, last.item.frame) == (item.target, item.frame)
+                target = last.target if shared else _target(item.target, item.frame)
                 answer = parse_answer(item.completion)
                 if item.policy_size is not None or item.units != "pixels":
                     answer = answer.to_frame(item.units, item.policy_size or target.image_size, target.image_size)
@@ -88,6 +89,8 @@ class RewardService:
         return works
 
     def _check(self, item: ScoreItem) -> None:
+        if item.frame is not None and item.target.frame not in (None, item.frame):
+            raise ValueError(f"frame={item.frame} and target.frame={item.target.frame} are both the target frame: give one, or the same")
         objects = max([len(item.target.boxes), *(len(f.boxes) for f in (item.target.frames or {}).values())])
         if objects > self.config.max_objects:
             raise ValueError(f"{objects} objects are more than the {self.config.max_objects} that this service takes")
@@ -98,19 +101,19 @@ class RewardService:
         if pixels > self.config.max_mask_pixels:
             raise ValueError(f"{pixels} pixels of masks and frame are more than the {self.config.max_mask_pixels} that this service takes")
 
-    async def _with_masks(self, works: list[_Work | InvalidItem], video: bool, named: bool) -> list[_Work | InvalidItem]:
+    async def _with_masks(self, works: list[_Work | InvalidItem], config: RewardConfig) -> list[_Work | InvalidItem]:
         """The items with the masks that they brought, else with those of the segmentation service, asked once a video and frame.
 
-        video: masks on all frames of the target. named: they start on the frame that the answer names, if it is one of these.
+        For terms over the video these are the masks on all frames of the target and on the target frame; for `video_iou` they start
+        on the frame that the answer names, if it is one of these.
         """
+        video, named = config.needs_video_masks, config.weights.video_iou > 0
         works, groups = list(works), defaultdict[Place, list[int]](list)
         for i, work in enumerate(works):
             if isinstance(work, InvalidItem):
                 continue
-            item = work.item
-            brought = item.predicted_tracks if video else item.predicted_masks
-            if brought is not None:
-                work.masks = {t: _rles(masks) for t, masks in brought.items()} if video else _rles(brought)
+            item, work.masks = work.item, _brought(work, config)
+            if work.masks is not None:
                 continue
             place = _place(work, video, named)
             if not work.answer.objects or (named and place is None):  # an answer that names no frame has no masks
@@ -137,19 +140,32 @@ class RewardService:
         return works
 
 
+def _brought(work: _Work, config: RewardConfig) -> Any:
+    """The masks that came with the item; None where those that are needed did not."""
+    masks = None if work.item.predicted_masks is None else _rles(work.item.predicted_masks)
+    if not config.needs_video_masks:
+        return masks
+    if work.item.predicted_tracks is None:
+        return None
+    tracks = {t: _rles(found) for t, found in work.item.predicted_tracks.items()}
+    beside = config.needs_predicted_masks and masks is not None and work.target.frame is not None
+    return tracks | {work.target.frame: masks} if beside else tracks
+
+
 def _place(work: _Work, video: bool, named: bool) -> Place | None:
     """Where masks of the answer start."""
-    frames, frame = tuple(work.target.frames or ()) if video else None, work.item.frame
+    frames, frame = tuple(work.target.frames or ()) if video else None, work.target.frame
     if named and work.answer.keyframe is not None and int(work.answer.keyframe) in frames:
         frame = int(work.answer.keyframe)
     return None if frame is None else (work.item.video or "", frame, frames)
 
 
-def _target(given: TargetRequest) -> Target:
+def _target(given: TargetRequest, frame: int | None) -> Target:
     frames = None
     if given.frames is not None:
         frames = {t: FrameTarget(f.boxes, None if f.masks is None else _rles(f.masks)) for t, f in given.frames.items()}
-    return Target(given.image_size, given.boxes, given.points, None if given.masks is None else _rles(given.masks), frames)
+    masks = None if given.masks is None else _rles(given.masks)
+    return Target(given.image_size, given.boxes, given.points, masks, frames, given.frame if frame is None else frame)
 
 
 def _rles(masks: Sequence[Any]) -> list[dict | None]:

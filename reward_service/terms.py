@@ -64,12 +64,11 @@ def union_iou(predicted_HW, true_HW) -> float:
     return np.count_nonzero(predicted_HW & true_HW) / either if either else 1.0
 
 
-def temporal_consistency(predicted_GT, true_T, mean_j_G) -> np.ndarray:
+def temporal_consistency(predicted_TG, true_T, mean_j_G) -> np.ndarray:
     """(G,) mean J times the mean over t of 1 - |IoU(P_t, P_t+1) - IoU(G_t, G_t+1)|: masks change from frame to frame as the true ones do.
 
-    predicted_GT, true_T: those IoUs, (G, T - 1) and (T - 1,); one frame has no change, and the mean J is left. Times J, because masks that
+    predicted_TG, true_T: those IoUs, (T - 1, G) and (T - 1,); one frame has no change, and the mean J is left. Times J, because masks that
     are steadily wrong are steady too. Source: ours (the paper is silent).
     """
-    predicted_GT, true_T = np.asarray(predicted_GT), np.asarray(true_T)
-    steady_G = 1 - np.abs(predicted_GT - true_T).mean(axis=1) if len(true_T) else 1.0
-    return steady_G * np.asarray(mean_j_G)
+    drift_TG = [np.abs(predicted_G - true) for predicted_G, true in zip(predicted_TG, true_T)]
+    return (1.0 - sum(drift_TG) / max(len(drift_TG), 1)) * np.asarray(mean_j_G)

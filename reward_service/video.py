@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VideoOverlap:
-    """G answers over T annotated frames in rising order; P objects of all answers, N true ones. What no active term needs is empty.
+    """G answers over T annotated frames in rising order; P objects of all answers, N true ones. What no active term needs is left out.
 
     pairs_PN: mean over the frames of J of each pair. j_G, f_G: mean J and mean F of the unions of objects. An object, or an answer,
     without a mask on any of the frames has 0 in all of them: else it would earn the frames on which the target is out of view.
-    changes_GT, true_changes_T: IoU of the union on each frame and the next, (G, T - 1) and (T - 1,). Two empty masks have J = F = IoU = 1.
+    changes_TG, true_changes_T: IoU of the union on each frame and the next, (T - 1, G) and (T - 1,). Two empty masks have J = F = IoU = 1.
     """
 
     pairs_PN: np.ndarray
     j_G: np.ndarray
     f_G: np.ndarray
-    changes_GT: np.ndarray
+    changes_TG: np.ndarray
     true_changes_T: np.ndarray
 
     @classmethod
@@ -35,15 +35,16 @@ class VideoOverlap:
         """Raises MissingInput where the target lacks frames or their masks, ValueError where predicted masks do not fit."""
         target, config = group.target, group.config
         if not target.frames:
-            raise MissingInput(f"an active term ({', '.join(config.video_terms)}) needs target.frames: {{frame id: FrameTarget(masks)}} of the annotated frames")
+            active = ", ".join(config.video_terms)
+            raise MissingInput(f"an active term ({active}) needs target.frames: {{frame id: FrameTarget(masks)}} of the annotated frames")
         by_object = "accuracy_iou=video" in config.video_terms
-        needs_f = config.weights.video_quality > 0 and config.video_measure != "j"
+        by_boundary = config.weights.video_quality > 0 and config.video_measure != "j"
         count = len(group.answers)
         owner_P = np.repeat(np.arange(count), [len(mine) for mine in group.objects])
         pairs_PN, found_P = np.zeros((len(owner_P), len(target))), np.zeros(len(owner_P), bool)
         j_TG, f_TG, changes_TG, true_changes_T = [], [], [], []
         before = None
-        for frame in sorted(target.frames):  # the masks of a group on a whole video would not fit
+        for frame in sorted(target.frames):  # one at a time: the masks of a group on a whole video would not fit
             true_NHW = target.frame_masks_NHW(frame) if by_object else None
             true_HW = target.video_union_HW(frame) if true_NHW is None else true_NHW.any(axis=0)
             unions_GHW = np.zeros((count, *target.image_size), bool)
@@ -55,25 +56,26 @@ class VideoOverlap:
                     pairs_PN[rows] += matching.mask_iou_matrix(masks_MHW, true_NHW, both_empty=1.0)
             true_GHW = np.broadcast_to(true_HW, unions_GHW.shape)
             j_TG.append(measures.jaccard(unions_GHW, true_GHW))
-            if needs_f:
+            if by_boundary:
                 f_TG.append(measures.boundary_f(unions_GHW, true_GHW))
-            if before is not None:
+            if before is not None and config.weights.temporal_consistency:
                 changes_TG.append(measures.jaccard(before[0], unions_GHW))
                 true_changes_T.append(measures.jaccard(before[1], true_HW))
             before = unions_GHW, true_HW
         found_G = np.bincount(owner_P, found_P, count) > 0
-        mean = lambda values_TG: np.where(found_G, np.mean(values_TG, axis=0), 0.0) if values_TG else np.zeros(0)
+        # Summed frame by frame, so that an answer's last bit does not depend on its group.
+        mean = lambda values_TG: np.where(found_G, sum(values_TG) / len(target.frames), 0.0)
         return cls(
             np.where(found_P[:, None], pairs_PN / len(target.frames), 0.0),
             mean(j_TG),
             mean(f_TG),
-            np.reshape(changes_TG, (-1, count)).T,
+            np.array(changes_TG),
             np.array(true_changes_T),
         )
 
     def measure(self, name: str) -> np.ndarray:
         """(G,) mean J, mean F or the mean of both, as `video_measure` has it."""
-        return {"j": self.j_G, "f": self.f_G}[name] if name != "jf" else (self.j_G + self.f_G) / 2
+        return {"j": self.j_G, "f": self.f_G, "jf": (self.j_G + self.f_G) / 2}[name]
 
 
 def _tracked(group: Group, g: int, frame: int) -> np.ndarray:
@@ -81,7 +83,7 @@ def _tracked(group: Group, g: int, frame: int) -> np.ndarray:
     answer, mine, track, size = group.answers[g], group.objects[g], group.given[g], group.target.image_size
     if not mine:
         return np.zeros((0, *size), bool)
-    if not isinstance(track, Mapping) or frame not in track:
+    if not isinstance(track, Mapping) or track.get(frame) is None:
         raise ValueError(f"predicted_masks lacks frame {frame!r} of target.frames for an answer with objects; pass {{frame id: masks}} with every one")
     if frame == group.target.frame:
         return group.masks[g][: len(mine)]

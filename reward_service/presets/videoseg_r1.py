@@ -92,7 +92,7 @@ def video_quality(group: Group) -> list[float]:
 def temporal_consistency(group: Group) -> list[float]:
     if not len(group.target):
         return group.says_nothing
-    return terms.temporal_consistency(group.video.changes_GT, group.video.true_changes_T, group.video.j_G).tolist()
+    return terms.temporal_consistency(group.video.changes_TG, group.video.true_changes_T, group.video.j_G).tolist()
 
 
 TERMS = {f.name: globals()[f.name] for f in fields(TermWeights) if f.name in globals()}

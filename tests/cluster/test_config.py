@@ -340,9 +340,10 @@ def test_video_rewards_need_an_answer_without_key_frames_and_weights_that_propag
         config.load("videoseg_r1_7b", ["reward.preset=veason_r1"])
     with pytest.raises(ConfigError, match="reward.accuracy_iou: is video, .*checkpoint is null; set that to weights"):
         config.load("videoseg_r1_7b", ["reward.accuracy_iou=video"])
-    with pytest.raises(ConfigError, match="reward.weights.mask_iou.*set it to 0"):
-        config.load("debug", ["reward.accuracy_iou=video", "reward.weights.mask_iou=1"])
-    assert config.load("debug", ["reward.accuracy_iou=video"]).reward.needs_video_masks
+    with pytest.raises(ConfigError, match="reward.weights.temporal_consistency: is above 0, .*checkpoint is null; .*or set this to 0"):
+        config.load("videoseg_r1_7b", ["reward.weights.temporal_consistency=1"])
+    reward = config.load("debug", ["reward.accuracy_iou=video", "reward.weights.mask_iou=1"]).reward
+    assert reward.needs_video_masks and reward.needs_predicted_masks
 
 
 def test_reinforce_needs_no_group():

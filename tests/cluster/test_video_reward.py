@@ -1,4 +1,4 @@
-"""reward.accuracy_iou=video in the loop: a group is tracked once, by the real actor, and scored on the annotated frames."""
+"""Rewards of propagated masks in the loop: a group is tracked once, by the real actor, and scored on the annotated frames."""
 
 import asyncio
 import json
@@ -10,17 +10,26 @@ import pytest
 from cluster import config, config_files
 from cluster.draws import Draws
 from cluster.evaluation import held_out_metrics
+from cluster.metrics import completion_metrics
+from cluster.rollout_rows import scored_completions
 from cluster.run import Run
 from cluster.scoring import score_group
+from reward_service.measures import j_and_f
 from rollout.engine import Completion
 from segmentation_service.masks import decode_rle, mask_iou
 from segmentation_service.video import ImageFolder
 from tests.cluster.test_loop import settings
 
+EVERY_MASK_TERM = [
+    "reward.accuracy_iou=video",
+    *(f"reward.weights.{term}=1" for term in ("mask_iou", "video_quality", "temporal_consistency")),
+    *(f"reward.{term}_grading=graded" for term in ("mask_iou", "video_quality")),
+]
+
 
 @pytest.fixture(scope="module")
 def located(toy_data):
-    return config_files.locate(config.load("debug", settings(toy_data, "reward.accuracy_iou=video")))
+    return config_files.locate(config.load("debug", settings(toy_data, *EVERY_MASK_TERM)))
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +75,19 @@ def test_a_group_is_tracked_once_and_earns_the_mean_j_of_its_masks(ray_session, 
     (target,) = draw.episode.objects
     truth = {a.frame: decode_rle({"size": list(draw.target.image_size), "counts": a.counts}) for a in target.annotations}
     nowhere = np.zeros(draw.target.image_size, bool)
-    j = np.mean([mask_iou(decode_rle(expected[t][0]), truth.get(t, nowhere)) for t in range(draw.episode.num_frames)])
+    found_THW = np.stack([decode_rle(expected[t][0]) for t in range(draw.episode.num_frames)])
+    true_THW = np.stack([truth.get(t, nowhere) for t in range(draw.episode.num_frames)])
+    j = np.mean([mask_iou(p, g) for p, g in zip(found_THW, true_THW)])
+    drift = np.mean([abs(mask_iou(*found_THW[t : t + 2]) - mask_iou(*true_THW[t : t + 2])) for t in range(len(found_THW) - 1)])
     assert j > 0.8  # a large shape, which the toy SAM2 and XMem find
     assert group.scores[0].terms["iou"] == pytest.approx(j) and group.video_ious[0] == pytest.approx(j)
     assert group.scores[2].terms["iou"] == 0 and group.scores[1].terms["iou"] < 0.5 * j
+    assert group.scores[0].terms["mask_iou"] == pytest.approx(mask_iou(decode_rle(group.masks[0][0]), draw.target.masks[0]))
+    assert group.scores[0].terms["video_quality"] == pytest.approx(j_and_f(found_THW, true_THW).j_and_f)
+    assert group.scores[0].terms["temporal_consistency"] == pytest.approx(j * (1 - drift))
+    assert [group.scores[2].terms[term] for term in ("mask_iou", "video_quality", "temporal_consistency")] == [0, 0, 0]
+    metrics = completion_metrics(scored_completions([group], version=0))
+    assert metrics["reward/term/video_quality"] == pytest.approx(np.mean([s.terms["video_quality"] for s in group.scores]))
     assert held_out_metrics([group])["iou/video"] == pytest.approx(j)
 
 

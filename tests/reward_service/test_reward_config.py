@@ -9,6 +9,9 @@ from reward_service import LengthConfig, RewardConfig, TermWeights, maximum
 from reward_service.config import FORMULAS
 
 
+NONE = {f.name: 0.0 for f in fields(TermWeights)}
+
+
 def leaves(cls, path=""):
     for f in fields(cls):
         value = f.default_factory() if callable(f.default_factory) else f.default
@@ -47,8 +50,9 @@ def test_needs():
     assert RewardConfig.preset("veason_r1").needs_video_masks
     assert RewardConfig(accuracy_iou="video").needs_video_masks and not RewardConfig(accuracy_iou="video").needs_predicted_masks
     assert not RewardConfig(accuracy_iou="video", weights=TermWeights(iou=0)).needs_video_masks
-    with pytest.raises(ValueError, match="reward.weights.mask_iou=1: takes masks on the target frame"):
-        RewardConfig(accuracy_iou="video", weights=TermWeights(mask_iou=1))
+    assert RewardConfig(weights=TermWeights(video_quality=1)).video_terms == ("video_quality",)
+    both = RewardConfig(accuracy_iou="video", weights=TermWeights(mask_iou=1, temporal_consistency=1))
+    assert both.mask_terms == ("mask_iou",) and both.video_terms == ("temporal_consistency", "accuracy_iou=video")
     assert not RewardConfig.preset("pixelthink").needs_length and not RewardConfig(length=LengthConfig(penalty=False)).needs_length
 
 
@@ -58,6 +62,7 @@ def test_needs():
         (lambda: RewardConfig.preset("vision_reasonr"), "vision_reasoner"),
         (lambda: RewardConfig(formula="mine"), "reward.formula"),
         (lambda: RewardConfig(accuracy_iou="masks"), "reward.accuracy_iou.*'box', 'mask'"),
+        (lambda: RewardConfig(video_measure="j&f"), "reward.video_measure='j&f': choose one of 'j', 'f', 'jf'"),
         (lambda: RewardConfig(iou_threshold=1.5), "reward.iou_threshold=1.5.*between 0.0 and 1.0"),
         (lambda: RewardConfig(iou_threshold=float("nan")), "iou_threshold"),
         (lambda: RewardConfig(weights=TermWeights(iou=-1)), "reward.weights.iou=-1"),
@@ -65,6 +70,7 @@ def test_needs():
         (lambda: RewardConfig(weights=TermWeights(keyframe=1)), "keyframe.*no such term"),
         (lambda: RewardConfig(formula="vision_reasoner", weights=TermWeights(negative_point=0), iou_grading="graded"), "does not use"),
         (lambda: RewardConfig(formula="seg_zero"), "no such term"),
+        (lambda: RewardConfig(formula="veason_r1", weights=TermWeights(**NONE | {"video_quality": 1})), "video_quality.*no such term.*video_iou"),
         (lambda: reward_service.scores, "it offers"),
     ],
 )

@@ -164,6 +164,12 @@ def test_many_clients_at_once(config):
 
 
 MASK_IOU = {"weights": {"mask_iou": 1.0}, "mask_iou_grading": "graded"}
+VIDEO_TERMS = {
+    "weights": {"mask_iou": 1.0, "video_quality": 1.0, "temporal_consistency": 1.0},
+    "mask_iou_grading": "graded",
+    "video_quality_grading": "graded",
+    "video_measure": "j",
+}
 
 
 def test_masks_come_from_a_real_segmentation_service(tmp_path):
@@ -176,6 +182,7 @@ def test_masks_come_from_a_real_segmentation_service(tmp_path):
     box = write_video(tmp_path / "disc")
     settings = ServeConfig(roots=[str(tmp_path)], token="of-the-masks")
     settings.segmentation.checkpoint, settings.segmentation.device = str(TOY / "sam2"), "cpu"
+    settings.segmentation.propagation.checkpoint, settings.segmentation.propagation.size = str(TOY / "xmem"), 96
     masks = LocalSegmentation(SegmentationService.load(settings))
     y, x = np.mgrid[0:96, 0:128]
     disc = ((x - 40) / 16) ** 2 + ((y - 60) / 16) ** 2 <= 1
@@ -187,7 +194,10 @@ def test_masks_come_from_a_real_segmentation_service(tmp_path):
     with serving(masks, settings) as url:
         client = LocalClient(load(RewardServeConfig(segmentation=url, segmentation_token="of-the-masks")))
         scores = client.score(ScoreRequest(items=[*batch, {**batch[0], "frame": 7}, {**batch[0], "video": "nowhere"}], reward=MASK_IOU)).scores
+        of_video = {**batch[0], "target": {**target, "frames": {t: {"masks": [encode_rle(np.roll(disc, 5 * t, axis=1))]} for t in (2, 0)}}}
+        video = client.score(ScoreRequest(items=[of_video], reward=VIDEO_TERMS)).scores[0].terms
         client.close()
+    assert video["mask_iou"] == scores[0].terms["mask_iou"] and video["video_quality"] > 0.8 and video["temporal_consistency"] > 0.7  # the disc moves by 5
     answer = masks.segment(SegmentRequest(video="disc", frame=0, hypotheses=[[{"box": box}], [{"box": (90, 5, 120, 30)}]]))
     for given, found, rles in zip(batch, scores, answer.masks):
         brought = ScoreRequest(items=[{**given, "predicted_masks": [r.model_dump() for r in rles]}], reward=MASK_IOU)

@@ -12,7 +12,7 @@ from reward_service.config import FORMULAS
 
 MASK = np.zeros((1, 84, 84), bool)
 MASK[0, 10:20, 10:20] = True
-ONE = Target((84, 84), [[10, 10, 19, 19]], [[[15, 15], [12, 12]]], masks=MASK, frames={0: FrameTarget([[10, 10, 19, 19]], MASK), 3: FrameTarget([None], [None])})
+ONE = Target((84, 84), [[10, 10, 19, 19]], [[[15, 15], [12, 12]]], masks=MASK, frames={0: FrameTarget([[10, 10, 19, 19]], MASK), 3: FrameTarget([None], [None])}, frame=0)
 NOTHING = Target((84, 84), [], [], frames={0: FrameTarget([], [])})
 
 NUMBERS = st.one_of(
@@ -42,6 +42,7 @@ def all_configs():
     graded = {f"{name}_grading": "graded" for name in ("iou", "box_l1", "point", "negative", "mask_iou")}
     yield "masks, graded", RewardConfig(accuracy_iou="mask", weights=TermWeights(mask_iou=1), **graded)
     yield "video", RewardConfig(accuracy_iou="video", **graded)
+    yield "all", RewardConfig(accuracy_iou="video", weights=TermWeights(mask_iou=1, video_quality=1, temporal_consistency=1))
     yield "raw", RewardConfig(space="raw", no_repeat_scope="think")
 
 

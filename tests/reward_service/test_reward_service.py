@@ -228,6 +228,42 @@ def test_video_masks_start_on_the_target_frame_whatever_the_answer_says():
     assert "target.frames" in ask([{**asked, "target": TARGETS[1]}], service, reward=settings)[0].reason
 
 
+EVERY_MASK_TERM = {
+    "accuracy_iou": "video",
+    "weights": {"mask_iou": 1.0, "video_quality": 1.0, "temporal_consistency": 1.0},
+    **dict.fromkeys(("iou_grading", "mask_iou_grading", "video_quality_grading"), "graded"),
+}
+
+
+def test_terms_on_the_target_frame_and_over_the_video_are_one_request():
+    client, service = segmenting()
+    frames = {str(t): {"masks": [encode_rle(MASKS[0])]} for t in (3, 8)}
+    batch = [item(completion, 1, video="v", frame=5) for completion in (GOOD, COMPLETIONS[2], COMPLETIONS[3])]
+    for one in batch:
+        one["target"] = {**one["target"], "frames": frames}
+    scores = ask(batch, service, reward=EVERY_MASK_TERM)
+    ((video, frame, propagate, hypotheses),) = [(r.video, r.frame, r.propagate, len(r.hypotheses)) for r in client.requests]
+    assert (video, frame, propagate, hypotheses) == ("v", 5, (3, 8), 2)
+    names = ("iou", "mask_iou", "video_quality", "temporal_consistency")
+    assert [[s.terms[name] for name in names] for s in scores] == [[1.0] * 4, [0.0] * 4, [0.0] * 4]
+    batch = [{**one, "frame": None, "target": {**one["target"], "frame": 5}} for one in batch]
+    assert ask(batch, service, reward=EVERY_MASK_TERM) == scores and client.requests[1] == client.requests[0]
+    assert "frame=4 and target.frame=5" in ask([{**batch[0], "frame": 4}], service, reward=EVERY_MASK_TERM)[0].reason
+
+
+def test_masks_on_the_target_frame_may_come_beside_those_of_the_video_or_among_them():
+    target = {**TARGETS[1], "frames": {"3": {"masks": [encode_rle(MASKS[0])]}}}
+    half, full = ([encode_rle(m)] for m in (mask(10, 10, 29, 19), MASKS[0]))
+    graded = lambda reward=EVERY_MASK_TERM, **values: ask([{**item(), "target": target, **values}], reward=reward)[0]
+    beside = graded(predicted_tracks={"3": full}, predicted_masks=half, frame=5)
+    among = graded(predicted_tracks={"3": full, "5": half}, frame=5)
+    assert beside == among and (among.terms["mask_iou"], among.terms["video_quality"]) == (0.5, 1.0)
+    assert "set target.frame" in graded(predicted_tracks={"3": full}, predicted_masks=half).reason
+    assert "send predicted_tracks" in graded(predicted_masks=half, frame=5).reason
+    assert "predicted_masks[5] is None" in graded(predicted_tracks={"3": full}, frame=5).reason
+    assert graded({"accuracy_iou": "video"}, predicted_tracks={"3": full}, predicted_masks=half).terms["iou"] == 1.0
+
+
 def test_the_fault_of_one_answer_stays_with_it():
     client, service = segmenting()
     client.fault = lambda request: ServiceError(422, "cannot") if any(o.box[0] == 70 for h in request.hypotheses for o in h) else None

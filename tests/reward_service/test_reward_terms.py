@@ -121,6 +121,12 @@ def test_union_iou():
     assert terms.union_iou(a, b) == 4 / 16
 
 
+def test_temporal_consistency():
+    changes_TG, true_T = rows([0.5, 1, 0], [0.5, 1, 1]), np.array([0.5, 0.75])
+    assert terms.temporal_consistency(changes_TG, true_T, [1, 0.5, 0]).tolist() == [1 - 0.125, 0.5 * (1 - 0.375), 0]
+    assert terms.temporal_consistency(np.zeros((0,)), np.zeros(0), [0.25, 1]).tolist() == [0.25, 1]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([(1.0, 1.0), (7.5, 2.0), (1.75, 840 / 854)]), st.integers(0, 2**32 - 1))
 def test_taxicab_distance_is_exact(height, width, pitch, seed):
