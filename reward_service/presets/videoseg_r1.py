@@ -40,6 +40,9 @@ def group_terms(answers: Sequence[Answer], target: Target, config, predicted_mas
     # Only a strict answer earns accuracy: a salvaged one has objects for the segmenter and the log.
     objects = [a.answered[: config.max_objects] if a.strict else () for a in answers]
     given = [None] * len(answers) if predicted_masks is None else predicted_masks
+    if config.weights.mask_iou:
+        target.masks_NHW("mask_iou")
+        given = [[] if one is None else one for one in given]  # None is for an answer without objects
     if config.needs_video_masks:
         masks, overlaps = [None] * len(answers), lambda: _video_pairs(answers, objects, given, target)
     else:
