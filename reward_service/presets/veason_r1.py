@@ -35,16 +35,17 @@ def group_terms(answers, target: Target, config, predicted_masks):
     predicted_masks, for video_iou: per answer a mapping from each frame id of target.frames to the masks of
     `answer.objects` on it, carried from the frame the answer names; None where the answer has no objects.
     """
-    if not target.frames:
+    weights = config.weights  # what they need is asked for before the answers are looked at: a missing input must not hide
+    if not target.frames and (weights.keyframe or weights.iou or weights.video_iou):
         raise MissingInput("formula 'veason_r1' needs target.frames: {frame id: FrameTarget(boxes, masks)} of the shown frames")
     to_answer, to_target = factors(answers, target, config)
-    weights = config.weights  # what they need is asked for before the answers are looked at: a missing input must not hide
-    areas = {f: int(target.frame_union(f).sum()) for f in target.frames} if weights.keyframe or weights.video_iou else {}
-    boxes = {f: target.frame_boxes(f) for f in target.frames} if weights.iou or weights.video_iou else {}
+    frames = target.frames or {}
+    areas = {f: int(target.frame_union(f).sum()) for f in frames} if weights.keyframe or weights.video_iou else {}
+    boxes = {f: target.frame_boxes(f) for f in frames} if weights.iou or weights.video_iou else {}
     out = []
     for i, answer in enumerate(answers):
         data = decoded(first_answer(answer.text))
-        frame = _frame(data, target)
+        frame = _frame(data, frames)
         overlap, matched = _matched(data, boxes.get(frame), config, to_answer, to_target)
         row = {"think_format": float(has_think_format(answer.text)), "segmentation_format": _format(answer.text), "iou": overlap}
         if weights.keyframe:
@@ -68,13 +69,13 @@ def _format(text: str) -> float:
     return sum(right) / len(right) if right else 0.0
 
 
-def _frame(data, target: Target):
+def _frame(data, frames):
     """The shown frame that the answer names, or None."""
     try:
         frame = int(data.get("keyframe_timestamp", -1))
     except Exception:  # published: any exception makes the terms 0
         return None
-    return frame if frame in target.frames else None
+    return frame if frame in frames else None
 
 
 def _matched(data, given, config, to_answer, to_target) -> tuple[float, dict]:

@@ -33,19 +33,24 @@ MAXIMA = {"think_format": 1.0, "segmentation_format": 2.0, "iou": 1.0, "box_l1":
 def group_terms(answers, target: Target, config, predicted_masks):
     """Terms of each answer; iou, box_l1 and point are matched together, weighted or not, as published."""
     to_answer, to_target = factors(answers, target, config)
-    points = [p[0] for p in target.points] if target.points is not None and all(map(len, target.points)) else None
-    if points is None:
-        points = target.points_N2()  # raises for objects without points
-    truth = [scaled_array(v, to_target) for v in (_array(target.boxes, 4), _array(points, 2))]
+    accurate = config.weights.iou or config.weights.box_l1 or config.weights.point
+    truth = _truth(target, to_target) if accurate else None
     out = []
     for answer in answers:
         data = decoded(first_answer(answer.text))
-        row = dict(zip(("iou", "box_l1", "point"), _accuracy(data, *truth, config, to_answer)))
+        row = dict(zip(("iou", "box_l1", "point"), _accuracy(data, *truth, config, to_answer))) if accurate else {}
         row["think_format"] = float(has_think_format(answer.text))
         row["segmentation_format"] = _format(data)
         row["no_repeat"] = terms.no_repeat(answer.text, config.max_repeats)
         out.append(({name: value for name, value in row.items() if getattr(config.weights, name)}, {}))
     return out
+
+
+def _truth(target: Target, factor):
+    """Boxes (N, 4) and points (N, 2). MissingInput for an object without a point."""
+    target.points_N2()
+    points = [p[0] for p in target.points or ()]
+    return [scaled_array(v, factor) for v in (_array(target.boxes, 4), _array(points, 2))]
 
 
 def _array(values, columns) -> np.ndarray:
