@@ -2,8 +2,8 @@
 
 Kept as published: `keyframe_timestamp` may be true or (outside the format) "3" or 3.7; absent objects are truths with the
 box [0, 0, 0, 0]; boxes left over after matching are not propagated, so they cost nothing in video_iou.
-Ours: where a text has several answers, video_iou counts the masks of a box only if `answer.objects` has it in the same place.
-Ours: the matched IoU is kept within 0..1, which integer overflow in the published arithmetic can leave.
+Ours: the matched IoU is kept within 0..1, which integer overflow in the published arithmetic can leave; video_iou is 0 where
+a matched box is not among `answer.objects`, because it is no box (eight numbers, true) or the text has another answer as well.
 The published code works on 560x560 images and masks: give the target that size to get its values.
 """
 
@@ -100,16 +100,16 @@ def _matched(data, given, config, to_answer, to_target) -> tuple[float, dict]:
 
 
 def _video_iou(answer, matched, predicted, target: Target) -> float:
-    if not matched:
-        return 0.0
     wanted = [n for n, one in enumerate(answer.answered) if one.box and matched.get(one.item) == list(one.box)]
+    if not matched or len(wanted) < len(matched):
+        return 0.0
     total = 0.0
     for frame in target.frames:
         true = target.frame_union(frame)
-        if wanted and (predicted is None or frame not in predicted):
+        if predicted is None or frame not in predicted:
             raise ValueError(f"predicted_masks lacks frame {frame!r} of target.frames for an answer with matched objects; pass its masks on every one")
-        masks = predicted[frame] if wanted else []
-        if wanted and len(masks) != len(answer.objects):
+        masks = predicted[frame]
+        if len(masks) != len(answer.objects):
             raise ValueError(f"predicted_masks[{frame!r}] has {len(masks)} masks for an answer of {len(answer.objects)} objects")
         union = union_of([masks[n] for n in wanted], f"predicted_masks[{frame!r}]", true.shape)
         if union.shape != true.shape:
