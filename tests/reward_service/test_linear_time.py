@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import reward_growth
 
-from reward_service import RewardConfig, maximum
+from reward_service import maximum
 from reward_service.config import FORMULAS
 from reward_service.openrlhf_protocol import completion_of
-from reward_service.presets.vision_reasoner import decoded
+from reward_service.presets.vision_reasoner import numbers
 
 SCORERS = reward_growth.scorers()
 TEXTS = dict(reward_growth.texts(3000))
-FAMILIES = list(reward_growth.UNITS)
 
 
 def lines_run(call):
@@ -47,12 +46,13 @@ def test_hostile_texts_earn_no_more_than_the_maximum(name):
         assert found.valid and 0 <= found.total <= most, family
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", SCORERS)
 def test_lines_grow_linearly(name):
-    """Four times the text, at most four times the lines, and what is done once for up to 120 objects."""
-    small, large = dict(reward_growth.texts(2_000)), dict(reward_growth.texts(8_000))
-    for family in [f for f in small if "digits" not in f and "huge" not in f][:: len(FORMULAS)]:
-        assert lines_run(lambda: SCORERS[name](large[family])) <= 4 * lines_run(lambda: SCORERS[name](small[family])) + 3_000, family
+    """Four times the text, at most four times the lines."""
+    small, large = dict(reward_growth.texts(1_000)), dict(reward_growth.texts(4_000))
+    families = [f for f in small if "digits" not in f and "huge" not in f]  # one of these is as long as four
+    for family in families[:: 2 if name == "parse_answer" else 8]:
+        assert lines_run(lambda: SCORERS[name](large[family])) <= 4 * lines_run(lambda: SCORERS[name](small[family])) + 100, family
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -64,8 +64,6 @@ def test_memory_is_linear(name, wrap):
 
 
 def test_an_array_is_made_of_numbers_only():
-    from reward_service.presets.vision_reasoner import numbers
-
     assert np.array_equal(numbers([[1, 2.5], [True, 4]]), [[1, 2.5], [1, 4]])
     for rows in ([["1", 2]], [[None, 2]], [[[1], 2]], [{"a": 1}], ["12"], [[1, 2], 3], [None]):
         with pytest.raises(TypeError):
@@ -76,10 +74,3 @@ def test_a_hundred_thousand_end_tokens_are_cut():
     """Cutting them one by one from the text would copy gigabytes."""
     assert completion_of("the prompt" + "said" + "</s><eos>" * 50_000, "the prompt", ["</s>", "<eos>"]) == "said"
     assert completion_of("</s></s>", "</s>", ["</s>"]) == ""
-
-
-def test_nesting_is_no_json():
-    deep = "[" * 100_000
-    assert decoded(deep) is None and decoded(deep + "]" * 100_000) is None
-    config = RewardConfig.preset("vision_reasoner")
-    assert SCORERS["vision_reasoner"](f"<think></think><answer>{deep}</answer>").total == 2 <= maximum(config)
