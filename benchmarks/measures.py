@@ -1,10 +1,9 @@
-"""Speed of the measures and of scoring, on one core: JSON, and a line a question on the screen.
+"""Speed of the boundary measure F, on one core: JSON, and a line on the screen.
 
     videoseg bench measures --json OUT        (or python benchmarks/measures.py --json OUT)
 
-    f          F of our code against the official DAVIS computation (plain_measures.py), 480x854, four frames of one and of five objects;
-               both in turns, the ratio taken within a round; the largest difference of the values
-    scoring    64 completions of 8 objects scored without masks as one group, and 16 and 256, in turns
+F of our code against the official DAVIS computation (plain_measures.py), 480x854, four frames of one and of five objects; both in turns, the
+ratio taken within a round; the largest difference of the values.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import torch
 
 import plain_measures
 from side_by_side import in_turns, machine, ratio
-from reward_service import RewardConfig, Target, score_group
 from reward_service.measures import boundary_f
 
 HW = (480, 854)
@@ -57,58 +55,23 @@ def f(rounds: int) -> dict:
     return result
 
 
-def scoring(rounds: int) -> dict:
-    rng = np.random.default_rng(0)
-    corner, size = rng.integers(0, 700, (8, 2)), rng.integers(20, 120, (8, 2))
-    boxes, masks = np.concatenate([corner, corner + size], axis=1), np.zeros((8, 840, 840), bool)
-    for mask, (x1, y1, x2, y2) in zip(masks, boxes):
-        mask[y1 : y2 + 1, x1 : x2 + 1] = True
-    points = [[[(x1 + x2) // 2, (y1 + y2) // 2]] for x1, y1, x2, y2 in boxes.tolist()]
-    target = Target((840, 840), boxes.tolist(), points, masks=masks)
-
-    def completion() -> str:
-        answer = [
-            {"bbox_2d": [x1, y1, x2, y2], "point_2d": [(x1 + x2) // 2, (y1 + y2) // 2], "negative_point_2d": [x2 + 9, y2 + 9]}
-            for x1, y1, x2, y2 in rng.permutation(boxes + rng.integers(-12, 13, boxes.shape)).tolist()
-        ]
-        return f"<think>Eight are asked for. They stand in rows. Each gets a box.</think>\n<answer>{json.dumps(answer)}</answer>"
-
-    groups = {n: [completion() for _ in range(n)] for n in (16, 64, 256)}
-    config = RewardConfig()
-    score = lambda texts: score_group(texts, target, config, 4.0, lengths=[30] * len(texts))
-    times = in_turns({f"{n}_completions": lambda texts=texts: score(texts) for n, texts in groups.items()}, rounds)
-    return {
-        "times": times,
-        "milliseconds": {name: {k: round(1000 * time[k], 2) for k in ("min", "seconds", "cpu_seconds")} for name, time in times.items()},
-        "64_over_16": ratio(times, "64_completions", "16_completions"),
-        "256_over_64": ratio(times, "256_completions", "64_completions"),
-    }
-
-
-QUESTIONS = {"f": f, "scoring": scoring}
-
-
 def lines(record: dict) -> list[str]:
     out = []
-    for name, value in record.get("f", {}).items():
-        if name != "machine":
-            r = value["plain_over_ours"]
-            speed = f"{r['median']} ({r['min']} to {r['max']}; in CPU time {value['cpu_plain_over_ours']}) times as fast as the official computation"
-            out.append(f"F, {name}: {speed}, largest difference {value['max_difference']:.1e}")
-    for name, value in record.get("scoring", {}).get("milliseconds", {}).items():
-        out.append(f"scoring, {name} x 8 objects: {value['seconds']} ms (smallest {value['min']}, CPU {value['cpu_seconds']})")
+    for name, value in record["f"].items():
+        r = value["plain_over_ours"]
+        speed = f"{r['median']} ({r['min']} to {r['max']}; in CPU time {value['cpu_plain_over_ours']}) times as fast as the official computation"
+        out.append(f"F, {name}: {speed}, largest difference {value['max_difference']:.1e}")
     return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file to write; without it the JSON goes to the screen")
-    parser.add_argument("--only", nargs="+", choices=list(QUESTIONS), help="these questions only")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each (default 15)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    record = {name: {"machine": machine(1), **QUESTIONS[name](args.rounds)} for name in args.only or QUESTIONS}
+    record = {"machine": machine(1), "f": f(args.rounds)}
     text = json.dumps(record, indent=1) + "\n"
     if args.json:
         partial = args.json.with_suffix(".partial")

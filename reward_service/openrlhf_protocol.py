@@ -49,10 +49,10 @@ def completion_of(query: str, prompt: str, end_tokens: Sequence[str]) -> str | N
             if at < 0:
                 return None
             start = at + len(tail)
-    completion = query[start:]
-    while (token := next((t for t in end_tokens if t and completion.endswith(t)), None)) is not None:
-        completion = completion[: -len(token)]
-    return completion
+    end = len(query)
+    while (token := next((t for t in end_tokens if t and query.endswith(t, start, end)), None)) is not None:
+        end -= len(token)
+    return query[start:end]
 
 
 def reply(response: ScoreResponse) -> dict[str, Any]:

@@ -115,6 +115,13 @@ class Target:
             raise ValueError(f"{what} are {union.shape}, the target frame is {self.image_size} (height, width)")
         return union
 
+    def frame_boxes(self, frame) -> Sequence[Optional[Sequence[float]]]:
+        """Boxes of a shown frame; MissingInput when it has none although there are objects (one that is out of view is None)."""
+        boxes, masks = self.frames[frame].boxes, self.frames[frame].masks
+        if not len(boxes) and (len(self) or (masks is not None and self.frame_union(frame).any())):
+            raise MissingInput(f"the keyframe, iou and video_iou terms need a box, or None, of each object in target.frames[{frame!r}].boxes")
+        return boxes
+
     def frame_masks_NHW(self, frame) -> np.ndarray:
         """bool (N, H, W): the objects of the target on another frame, in the order of `boxes`, zero where one is out of view."""
         given = self.frames[frame].masks

@@ -31,10 +31,11 @@ MAXIMA = {"segmentation_format": 1.0, "keyframe": 1.0, "iou": 1.0}
 
 def group_terms(answers, target: Target, config, predicted_masks):
     """Terms of each answer. Needs target.frames with boxes: every frame that turn 1 may choose from."""
-    if not target.frames:
+    chosen = config.weights.keyframe or config.weights.iou
+    if chosen and not target.frames:
         raise MissingInput("formula 'revseg' needs target.frames: {frame id: FrameTarget(boxes)} of the frames to choose from")
     to_answer, to_target = factors(answers, target, config)
-    true = {frame: _round_all(given.boxes, to_target) for frame, given in target.frames.items()}
+    true = {frame: _round_all(target.frame_boxes(frame), to_target) for frame in target.frames} if chosen else {}
     areas = {frame: 0.0 if box is None else float(np.prod(box[2:] - box[:2] + 1)) for frame, box in true.items()}
     out = []
     for answer in answers:

@@ -33,19 +33,24 @@ MAXIMA = {"think_format": 1.0, "segmentation_format": 2.0, "iou": 1.0, "box_l1":
 def group_terms(answers, target: Target, config, predicted_masks):
     """Terms of each answer; iou, box_l1 and point are matched together, weighted or not, as published."""
     to_answer, to_target = factors(answers, target, config)
-    points = [p[0] for p in target.points] if target.points is not None and all(map(len, target.points)) else None
-    if points is None:
-        points = target.points_N2()  # raises for objects without points
-    truth = [scaled_array(v, to_target) for v in (_array(target.boxes, 4), _array(points, 2))]
+    accurate = config.weights.iou or config.weights.box_l1 or config.weights.point
+    truth = _truth(target, to_target) if accurate else None
     out = []
     for answer in answers:
         data = decoded(first_answer(answer.text))
-        row = dict(zip(("iou", "box_l1", "point"), _accuracy(data, *truth, config, to_answer)))
+        row = dict(zip(("iou", "box_l1", "point"), _accuracy(data, *truth, config, to_answer))) if accurate else {}
         row["think_format"] = float(has_think_format(answer.text))
         row["segmentation_format"] = _format(data)
         row["no_repeat"] = terms.no_repeat(answer.text, config.max_repeats)
         out.append(({name: value for name, value in row.items() if getattr(config.weights, name)}, {}))
     return out
+
+
+def _truth(target: Target, factor):
+    """Boxes (N, 4) and points (N, 2). MissingInput for an object without a point."""
+    target.points_N2()
+    points = [p[0] for p in target.points or ()]
+    return [scaled_array(v, factor) for v in (_array(target.boxes, 4), _array(points, 2))]
 
 
 def _array(values, columns) -> np.ndarray:
@@ -58,6 +63,14 @@ def decoded(text):
         return None if text is None else json.loads(text)
     except Exception:  # published: any exception ends the term
         return None
+
+
+def numbers(rows) -> np.ndarray:
+    """Lists of numbers as an array. Raises on anything else, as the arithmetic would once an array of it was made: text makes
+    every entry as wide as the longest one, so that a text of megabytes would make gigabytes."""
+    if not all(isinstance(row, list) and all(isinstance(v, (int, float)) for v in row) for row in rows):
+        raise TypeError("not lists of numbers")
+    return np.asarray(rows)
 
 
 def scaled_array(values, factor_xy):
@@ -87,7 +100,7 @@ def _format(data) -> float:
             total += right / len(data)
     except Exception:  # published: the partial sum survives
         pass
-    return total
+    return min(total, 2.0)  # sums of 2 / n can end just above it
 
 
 def _accuracy(data, true_boxes, true_points, config, factor) -> list[float]:
@@ -97,8 +110,8 @@ def _accuracy(data, true_boxes, true_points, config, factor) -> list[float]:
     true_boxes, true_points = true_boxes[: config.max_objects], true_points[: config.max_objects]
     try:
         with np.errstate(all="ignore"):
-            boxes = scaled_array([item["bbox_2d"] for item in data][: config.max_objects], factor)
-            points = scaled_array([item["point_2d"] for item in data][: config.max_objects], factor)
+            boxes, points = ([item[key] for item in data][: config.max_objects] for key in ("bbox_2d", "point_2d"))
+            boxes, points = scaled_array(numbers(boxes), factor), scaled_array(numbers(points), factor)
             overlap = iou_matrix(boxes, true_boxes)
             corners = np.mean(np.abs(boxes[:, None, :] - true_boxes[None, :, :]), axis=2)
             apart = np.sqrt(np.sum((points[:, None, :] - true_points[None, :, :]) ** 2, axis=2))

@@ -62,12 +62,27 @@ def shifted(box, by):
         (ONE, completion('[{"bbox_2d": [100.5,100.5,100.5,100.5], "point_2d": [1.5,2]}]'), 1 + 2 + 0 + 0),  # '5,100' twice
         (Target((840, 840), [], []), completion([]), 1 + 0 + 0 + 1),  # nothing can be right
         (Target((840, 840), [], []), completion([item(A, PA)]), 1 + 2 + 0 + 1),
+        (ONE, completion([item(shifted(A, 9), PA)]), 7),  # IoU 8281 / 11719, corners 9 apart
+        (ONE, completion([item([100, 100, 150, 150], PA)]), 1 + 2 + 1 + 1),  # the point on the edge of its box
+        (ONE, completion([item([199, 199, 100, 100], PA)]), 1 + 2 + 0 + 1),  # reversed
+        (ONE, completion([item([[v] for v in A], PA)]), 1 + 2 + 0 + 1),
+        (ONE, completion([item(A + A, PA)]), 1 + 1 + 0 + 1),
+        (ONE, completion([item(A, None)]), 1 + 1 + 0 + 1),
+        (ONE, completion([item(["x" * 1000, *A[1:]], PA), item(A, PA)]), 1 + 2 + 0 + 1),
+        (ONE, completion([item([1e308] * 4, PA)]), 1 + 2 + 0 + 1),
+        (ONE, completion([item(A, PA)] * 9), 1 + 2 + 3 / 9 + 1),
+        (ONE, completion("\n " + json.dumps([item(A, PA)]) + "\t\n"), 7),
+        (ONE, completion(json.dumps([item(A, PA)]) + " as asked"), 1 + 0 + 0 + 1),
+        (ONE, completion([item(A, PA)]).replace("</think>", "</think>so"), 0 + 2 + 3 + 1),
+        (ONE, completion([item(A, PA)])[: -len("</answer>")], 0 + 0 + 0 + 1),
+        (ONE, completion([item(A, PA)], think="a. a. a."), 7),  # "<think>a" is another sentence: one was said before
         (ONE, "", 1),
     ],
 )
 def test_vision_reasoner(truth, text, total):
     s = score(text, truth, RewardConfig.preset("vision_reasoner"))
     assert s.total == pytest.approx(total), s.terms
+    assert s.terms["segmentation_format"] <= 2
     assert s.terms["length_penalty"] == 1
 
 
@@ -101,6 +116,16 @@ def seg(bbox=A, points_1=PA, points_2=(120, 120), think="it"):
         (completion('{"bbox": [100,100,199,199], "note": {"a": 1}}'), (1, 0, 0, 0, 0)),  # cut at the first }
         (json.dumps({"bbox": A, "points_1": PA, "points_2": [120, 120]}), (0, 1, 1, 1, 1)),  # no tags needed
         (completion({"BBox_2d": A, "Points_a": PA, "points_b": [120, 120]}), (1, 0, 0, 0, 0)),
+        (seg(bbox=shifted(A, 9)), (1, 1, 1, 1, 1)),
+        (seg(bbox=[199, 199, 100, 100]), (1, 1, 0, 0, 0)),
+        (seg(bbox=[float("nan")] * 4), (1, 1, 0, 0, 0)),
+        (seg(bbox=[10**400] * 4), (1, 1, 0, 0, 0)),
+        (seg(bbox="1234"), (1, 0, 0, 0, 0)),
+        (seg(points_1=[99, 150]), (1, 1, 1, 1, 0)),  # outside the box
+        (seg(points_1=[100, 199]), (1, 1, 1, 1, 1)),  # on its edges, 70 away
+        (seg() + ".", (0, 1, 1, 1, 1)),
+        (completion("```json\n" + json.dumps({"bbox": A, "points_1": PA, "points_2": [120, 120]}) + "\n```"), (1, 1, 1, 1, 1)),
+        (completion('{"bbox": 0, "bbox": [100,100,199,199], "points_1": [150,150], "points_2": [120,120]}'), (1, 1, 1, 1, 1)),  # the last key
         ("{" * 100, (0, 0, 0, 0, 0)),
         ("", (0, 0, 0, 0, 0)),
     ],
@@ -138,6 +163,8 @@ def test_seg_zero_targets():
         (196, 3.4, 1.0, 0.8),
         (596, None, None, 0.0),  # unknown difficulty is easy
         (5000, 4.0, None, 1.0),  # medium has no limit
+        (5000, 3.5, None, 1.0),
+        (596, 3.499, None, 0.0),
         (356, 5.0, None, 0.8),
         (356, 9.0, 0.4, 1 - (356 - 266) / 500),
         (3, 2.0, None, 1.0),  # the bonus is clamped away
@@ -149,6 +176,19 @@ def test_pixelthink(words, difficulty, uncertainty, s):
     assert len(text.split()) == words
     got = score(text, SEG, RewardConfig.preset("pixelthink"), difficulty=difficulty, uncertainty=uncertainty)
     assert got.terms["original"] == 5 and got.total == pytest.approx(5 * s)
+
+
+@pytest.mark.parametrize(
+    "text, total",
+    [
+        ("", 0),
+        ("w " * 196, 0),
+        (f"{'w ' * 195}{json.dumps({'bbox': A, 'points_1': PA, 'points_2': [120, 120]}, separators=(',', ':'))}", 4 * 0.8),  # no tags
+        (seg(bbox="x", think="w " * 300), 1 * 0.576),  # 300 words and the 8 of the answer
+    ],
+)
+def test_pixelthink_on_malformed_texts(text, total):
+    assert score(text, SEG, RewardConfig.preset("pixelthink"), difficulty=2.0).total == pytest.approx(total)
 
 
 def test_pixelthink_may_count_tokens():
@@ -182,6 +222,10 @@ def veason(frame, boxes):
     return completion({"keyframe_timestamp": frame, "bbox_2d_list": boxes})
 
 
+def veason_answer(frame, boxes):
+    return veason(frame, boxes).partition("</think>")[2]
+
+
 def carried(*sizes_per_object):
     """Masks on the frames 0, 4, 8 for each object."""
     return {frame: [square(sizes[i]) for sizes in sizes_per_object] for i, frame in enumerate((0, 4, 8))}
@@ -201,6 +245,15 @@ def carried(*sizes_per_object):
         (veason(4.9, [A, B]), carried((10, 20, 0), (0, 0, 0)), (1, 0, 1, 1, 1)),
         (veason(False, [A]), carried((10, 20, 0)), (1, 1, 0.25, 0.5, 1)),  # false is the integer 0
         (veason(4, [A, "x"]), carried((10, 20, 0)), (1, 0.5, 1, 0, 0)),
+        (veason(4, [A]) + ".", carried((10, 20, 1)), (0, 1, 1, 0.5, 2 / 3)),
+        (veason(-1, [A]), carried((10, 20, 0)), (1, 1, 0, 0, 0)),
+        (veason(4, [[float("nan")] * 4]), None, (1, 1, 1, 0, 0)),
+        (veason(4, [[True, 100, 199, 199]]), None, (1, 1, 1, 10000 / 19900 / 2, 0)),  # true is 1, but no box for the segmenter
+        (veason(4, [A + A]), None, (1, 0, 1, 1 / 10000 / 2, 0)),  # split in four as x1, x1, y1, y1, ...: two boxes of one pixel
+        (completion({"keyframe_timestamp": 4, "bbox_2d_list": {"0": A}}), None, (1, 0, 1, 0, 0)),
+        (completion("```json\n" + json.dumps({"keyframe_timestamp": 4, "bbox_2d_list": [A]}) + "\n```"), carried((10, 20, 0)), (1, 0, 0, 0, 0)),
+        (completion("null"), None, (1, 0, 0, 0, 0)),
+        (f"<think>a{veason_answer(4, [A])}</think>{veason_answer(4, [B])}", carried((10, 20, 0)), (1, 1, 1, 0.5, 0)),  # the masks are those of B
         (veason(4, []), None, (1, 0, 1, 0, 0)),
         (completion([A]), carried((10, 20, 0)), (1, 0, 0, 0, 0)),
         ("", None, (0, 0, 0, 0, 0)),
@@ -263,6 +316,14 @@ def turns(frame, box):
         (turns(5, "x"), (0.75, 1, 0)),
         (turns("x", A), (0.75, 0, 0)),
         (turns(5, [100, 100, 199, 149]), (1, 1, 0)),  # exactly 0.5
+        (turns(0, [0, 0, 9, 9]), (1, 0.01, 1)),
+        (turns(5.0, A), (1, 1, 1)),
+        (turns(True, A), (0.75, 0, 0)),
+        (turns(5, [199, 199, 100, 100]), (1, 1, 0)),  # reversed
+        (turns(5, [10**400] * 4), (0.75, 1, 0)),
+        (turns(5, A) + " so", (0.75, 1, 1)),
+        (turns(5, A) + completion([]), (1, 1, 1)),  # a third turn belongs to the second, whose first answer counts
+        (completion('```json\n[{"frame_idx": 5}]\n```') + completion([{"bbox_2d": A}]), (0.75, 0, 0)),
         (completion([{"frame_idx": 5}]), (0.5, 1, 0)),  # turn 2 never came
         (turns(5, A)[:-9], (0.5, 1, 0)),
         ("", (0, 0, 0)),

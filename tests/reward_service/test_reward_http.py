@@ -94,6 +94,11 @@ def test_what_is_wrong_with_a_request_is_said(http, body, status, said):
     assert len(answer.content) < 2000
 
 
+def test_json_must_say_that_it_is(http):
+    answer = http.post("/v1/score", content=b'{"items": []}', headers={"content-type": "text/plain"})
+    assert answer.status_code == 400 and "application/json" in answer.json()["error"]
+
+
 def test_other_addresses_and_methods(http):
     assert http.get("/healthz").json() == {"status": "ok"}
     assert http.get("/v1/score").status_code == 405 and http.get("/").status_code == 404 and http.post("/v1/videos").status_code == 404
@@ -112,6 +117,9 @@ def test_token(config):
         for headers in ({}, {"authorization": "Bearer wrong-horse"}, {"authorization": "Basic correct-horse"}):
             answer = httpx.post(f"{url}/v1/score", json={"items": []}, headers=headers, timeout=60)
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+        with connect(url) as connection:
+            connection.sendall(HEAD + b"Authorization: Bearer wrong-horse\r\nContent-Length: 1000\r\n\r\n")
+            assert read_answer(connection)[0] == 401, "before the body has come"
         assert HttpClient(url, "correct-horse").score(ScoreRequest(items=[item()])).scores[0].total == expected(item())[0]
         with pytest.raises(ServiceError, match="401: wrong token"):
             HttpClient(url, "wrong-horse").score(ScoreRequest(items=[]))
@@ -160,6 +168,13 @@ def test_many_clients_at_once(config):
             thread.join()
     assert [[outcome(s) for s in answers[n].scores] for n in range(20)] == [[expected(one) for one in batch] for batch in batches]
     assert client.stats() == [{"requests": 20, "items": 60, "invalid": 0}]
+    client.close()
+
+
+def test_no_server_is_a_503_once_the_patience_is_at_its_end():
+    client = HttpClient("http://127.0.0.1:9", patience_seconds=0.0)
+    with pytest.raises(ServiceError, match="503"):
+        client.score(ScoreRequest(items=[item()]))
     client.close()
 
 
@@ -214,3 +229,17 @@ def test_a_segmentation_service_that_accepts_and_says_nothing():
             scores = HttpClient(url).score(ScoreRequest(items=[item(video="a", frame=0), item("none", video="a", frame=0)], reward=MASK_IOU)).scores
         client.close()
     assert scores[0].temporary and "no masks from the segmentation service" in scores[0].reason and scores[1].valid
+
+
+def test_an_answer_that_does_not_come_in_time_is_a_503():
+    """The segmentation service says nothing, and would be waited for longer than the server may take."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        config = RewardServeConfig(segmentation=f"http://127.0.0.1:{silent.getsockname()[1]}", segmentation_seconds=60.0, wait_seconds=0.5)
+        client = LocalClient(load(config))
+        with serving(client, config, make_app) as url:
+            body = {"items": [item(video="a", frame=0)], "reward": MASK_IOU}
+            answer = httpx.post(f"{url}/v1/score", json=body, timeout=60)
+            assert answer.status_code == 503 and "0.5 s" in answer.json()["error"] and "retry-after" in answer.headers
+            assert client.stats() == [{"requests": 0, "items": 0, "invalid": 0}]
+            assert HttpClient(url).score(ScoreRequest(items=[item()])).scores[0].total == expected(item())[0]
+        client.close()
