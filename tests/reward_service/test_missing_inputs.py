@@ -36,6 +36,8 @@ NEEDED = {
     ("videoseg_r1", "mask_iou"): {"masks", "predicted masks"},
     ("videoseg_r1", "iou by masks"): {"masks", "predicted masks"},
     ("videoseg_r1", "iou by video"): {"frames", "masks of a frame", "predicted masks"},
+    ("videoseg_r1", "video_quality"): {"frames", "masks of a frame", "predicted masks"},
+    ("videoseg_r1", "temporal_consistency"): {"frames", "masks of a frame", "predicted masks"},
     ("videoseg_r1", "length"): {"length"},
     ("seg_zero", "point"): {"points", "a point", "the second point"},
     ("pixelthink", "point"): {"points", "a point", "the second point"},
