@@ -79,7 +79,8 @@ class Draws:
         frames = load_frames(episode.video_path, [*shown, t])
         if (found := frames[t].shape[:2]) != (episode.height, episode.width):
             raise DataError(f"{episode.video_path}: frames are {found}, the episode says {(episode.height, episode.width)}", "import the data set again")
-        query, video = episode.query, ImageFolder(episode.video_path.absolute())
+        query = episode.query
+        video = FramesInMemory([frames[t]]) if episode.media == "image" else ImageFolder(episode.video_path.absolute())
         if self.data.control == "shuffled_queries":
             query = self._foreign_query(position, episode)
         elif self.data.control == "blank_frames":
@@ -97,14 +98,20 @@ class Draws:
 
 
 def target_of(episode: Episode, t: int) -> Target:
-    """The truth about the targets that can be seen on frame t: there, and their masks on all annotated frames."""
+    """The truth about the targets that can be seen on frame t: there, and their masks on all annotated frames.
+
+    Where the episode has boxes and points alone, the target has no masks, and a term that needs them says so.
+    """
     visible, size = episode.visible(t), [episode.height, episode.width]
+    boxes, points = [list(a.box) for a in visible], [[list(a.point)] for a in visible]
+    if not episode.has_masks:
+        return Target((episode.height, episode.width), boxes, points)
     tracks = [{a.frame: {"size": size, "counts": a.counts} for a in o.annotations} for o in episode.objects]
     tracks = [track for track in tracks if t in track]
     return Target(
         image_size=(episode.height, episode.width),
-        boxes=[list(a.box) for a in visible],
-        points=[[list(a.point)] for a in visible],
+        boxes=boxes,
+        points=points,
         masks=episode.masks(t),
         frames={f: FrameTarget(masks=[track.get(f) for track in tracks]) for f in episode.annotated_frames},
     )
