@@ -40,7 +40,7 @@ class ObjectPngs:
 def _read(file: Path, hw: tuple[int, int]) -> np.ndarray:
     try:
         with Image.open(file) as image:
-            mask_HW = np.asarray(image.convert("L")) > 0
+            mask_HW = np.asarray(image if image.mode == "P" else image.convert("L")) > 0
     except (OSError, SyntaxError, ValueError) as error:
         raise Defect("unreadable mask", str(file)) from error
     if mask_HW.shape != hw:
