@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from rollout.episodes import Episode, read_episodes
 from rollout.frames import load_frames
@@ -40,19 +40,26 @@ def write_sheet(paths: Sequence[Path], file: Path, count: int = 12) -> int:
 
 def _draw(sheet: Image.Image, episode: Episode, x: int, y: int) -> None:
     shown = shown_frames(episode)
-    facts = [episode.episode_id, episode.query_type or "", f"{len(episode.objects)} targets" if episode.annotated_frames else "truth not public"]
+    facts = [episode.episode_id, episode.query_type or "", f"targets: {len(episode.objects)}" if episode.annotated_frames else "truth not public"]
     facts += ["" if episode.difficulty is None else f"difficulty {episode.difficulty:.1f}", episode.suspect or ""]
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    draw.text((x, y), textwrap.shorten(", ".join(filter(None, facts)), 150), "black", font)
-    draw.text((x, y + 18), textwrap.shorten(episode.query, 150), "black", ImageFont.load_default(15))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((x, y), textwrap.shorten(", ".join(filter(None, facts)), 140), "black", _font(12))
+    draw.text((x, y + 18), textwrap.shorten(episode.query, 120), "black", _font(15))
     frames = load_frames(episode.video_path, shown)
     for n, t in enumerate(shown):
-        tile = Image.fromarray(drawn_frame(episode, t, frames[t]))
-        tile.thumbnail((WIDTH, HEIGHT))
+        tile = ImageOps.contain(Image.fromarray(drawn_frame(episode, t, frames[t])), (WIDTH, HEIGHT))
         at = (x + n * (WIDTH + MARGIN), y + CAPTION)
         sheet.paste(tile, at)
         known = "" if t in episode.annotated_frames else ", not annotated"
-        draw.text((at[0] + 3, at[1] + 2), f"{t}{known}", "white", font, stroke_width=2, stroke_fill="black")
+        draw.text((at[0] + 3, at[1] + 2), f"{t}{known}", "white", _font(12), stroke_width=2, stroke_fill="black")
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """One with letters of all European languages where the machine has it."""
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", size)
+    except OSError:
+        return ImageFont.load_default(size)
 
 
 def shown_frames(episode: Episode) -> list[int]:

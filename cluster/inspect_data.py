@@ -18,8 +18,6 @@ from cluster.errors import DataError
 from rollout.check_data import problems
 from rollout.episodes import Episode, read_episodes, shards
 
-EXAMPLES = 5
-
 
 @dataclass
 class Statistics:

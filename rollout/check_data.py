@@ -71,7 +71,12 @@ def _media(path: Path) -> Media | str:
         return error.reason
 
 
-def _annotation_problems(annotation: Annotation, height: int, width: int) -> Iterator[str]:
+@lru_cache(maxsize=100_000)  # the queries about a video share its objects
+def _annotation_problems(annotation: Annotation, height: int, width: int) -> tuple[str, ...]:
+    return tuple(_annotation_faults(annotation, height, width))
+
+
+def _annotation_faults(annotation: Annotation, height: int, width: int) -> Iterator[str]:
     x1, y1, x2, y2 = annotation.box
     x, y = annotation.point
     if not (0 <= x1 <= x2 < width and 0 <= y1 <= y2 < height):
@@ -96,7 +101,6 @@ def _annotation_problems(annotation: Annotation, height: int, width: int) -> Ite
         yield "area is not the mask's"
 
 
-@lru_cache(maxsize=512)
 def _decode(counts: str, height: int, width: int) -> np.ndarray | None:
     try:
         return decode_rle({"size": [height, width], "counts": counts})

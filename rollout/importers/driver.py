@@ -66,10 +66,17 @@ def import_data(
         looked = ", ".join(str(benchmark.files(source, s)[0]) for s in missing)
         raise SourceError(f"{source} is not {kind} as its authors lay it out; looked for {looked}. docs/data.md shows the folders")
     with _pool(workers) as run:
-        return {s: _import_split(benchmark, source, out, s, run, keep_suspect, shard_items, progress) for s in splits or here}
+        reports = {s: _import_split(benchmark, source, out, s, run, keep_suspect, shard_items, progress) for s in splits or here}
+    empty = [s for s, report in reports.items() if report is None]
+    if splits and empty or len(empty) == len(reports):
+        raise SourceError(f"{source}: {', '.join(empty)} of {kind} lists no video or image; download the data set again")
+    return {s: report for s, report in reports.items() if report is not None}
 
 
-def _import_split(benchmark: Benchmark, source: Path, out: Path, split: str, run, keep_suspect: bool, shard_items: int, progress) -> dict:
+def _import_split(
+    benchmark: Benchmark, source: Path, out: Path, split: str, run: Callable, keep_suspect: bool, shard_items: int, progress: Callable[[str], None]
+) -> dict | None:
+    """The report of one split; None if there is nothing in it."""
     folder, partial_folder = out / split, out / f"{split}.partial"
     settings = {
         "benchmark": benchmark.name,
@@ -84,14 +91,13 @@ def _import_split(benchmark: Benchmark, source: Path, out: Path, split: str, run
         report = json.loads(_checked(folder / "report.json", settings, out).read_text())
         progress(f"{benchmark.name}/{split}: already imported to {folder}")
         return report
+    items = benchmark.items(source, split, out)
+    if not items:
+        return None
     partial_folder.mkdir(parents=True, exist_ok=True)
     if not (partial_folder / "report.json").exists():
         _write_json(partial_folder / "report.json", settings)
     _checked(partial_folder / "report.json", settings, out)
-
-    items = benchmark.items(source, split, out)
-    if not items:
-        raise SourceError(f"{source}: {split} of {benchmark.name} lists no video or image; download the data set again")
     shards = [items[i : i + shard_items] for i in range(0, len(items), shard_items)]
     task = partial(convert, source=benchmark.name, split=split, folder=folder, keep_suspect=keep_suspect)
     begin, done_before = time.monotonic(), 0

@@ -28,9 +28,9 @@ class RleTracks:
         return Truth(tuple(listed), {o: _attempt(self._track, media, listed, o) for o in object_ids})
 
     def _track(self, media: Media, listed: Sequence[int], object_id: str) -> Track:
-        if object_id not in self.tracks:
+        rles = self.tracks.get(object_id)
+        if not isinstance(rles, list):
             raise Defect("unknown object", f"annotation {object_id}")
-        rles = self.tracks[object_id]
         if len(rles) != len(listed):
             raise Defect("number of masks is not the number of frames", f"annotation {object_id}: {len(rles)} masks, {len(listed)} frames")
         annotations = []

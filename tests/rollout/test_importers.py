@@ -285,6 +285,14 @@ def test_refcoco(tmp_path, name, splits, refs):
             assert episode.query == f"number {int(sentence) % 10} of {target.object_id}" and episode.media == "image"
 
 
+def test_a_split_without_references_is_left_out_unless_it_was_asked_for(tmp_path):
+    miniatures.refcoco(tmp_path, "refcoco", ("train", "testA"), "refs(unc).p")
+    found, _ = imported("refcoco", tmp_path, tmp_path / "out")
+    assert list(found) == ["train", "testA"] and not (tmp_path / "out/val").exists()
+    with pytest.raises(SourceError, match="val of refcoco lists no video or image"):
+        import_data("refcoco", tmp_path, tmp_path / "out", ["val"])
+
+
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     miniatures.refcoco(tmp_path, "refcoco", ("train",), "refs(unc).p")
 
