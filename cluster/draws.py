@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reward_service import FrameTarget, Target
+from reward_service import FrameTarget, RewardConfig, Target
 from rollout.episodes import Episode, fingerprint, read_episodes
 from rollout.frames import check_frames, load_frames
 from rollout.order import episode_at, target_frame_at, uniform_frames
@@ -48,7 +48,17 @@ class Draws:
     def of_run(cls, config: RunConfig) -> tuple[Draws, Draws]:
         """Training and held-out draws of a run. The held-out ones do not depend on the run's seed."""
         builder = PromptBuilder(config.policy.path, config.prompt)
-        return cls(config.data.train, builder, config.data, config.run.seed), cls(config.data.evaluation, builder, config.data, seed=0)
+        both = cls(config.data.train, builder, config.data, config.run.seed), cls(config.data.evaluation, builder, config.data, seed=0)
+        for draws in both:
+            draws.check_masks(config.reward)
+        return both
+
+    def check_masks(self, reward: RewardConfig) -> None:
+        """Raises DataError where the reward needs masks and an episode has none."""
+        without = sum(not e.has_masks for e in self.episodes)
+        if without and (reward.weights.negative_point or reward.needs_predicted_masks or reward.needs_video_masks):
+            remedy = "set reward.weights.negative_point=0 and use no term on masks, or train on other data"
+            raise DataError(f"{self.path}: {without} episodes have boxes and points but no masks, and the reward needs masks", remedy)
 
     def check_frames(self, seconds: float) -> None:
         """Looks at the frame files of as many videos as fit in `seconds`, evenly over the data set, and builds one prompt.

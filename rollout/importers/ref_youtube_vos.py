@@ -43,8 +43,9 @@ def _items(source: Path, split: str, out: Path) -> list[Item]:
         raise SourceError(f"{source / split / 'Annotations'} is missing; the masks of train are public, download them too")
     items = []
     for video_id, entry in videos.items():
-        queries = tuple(_query(n, e, public) for n, e in entry["expressions"].items())
-        masks = PalettePngs(source / split / "Annotations" / video_id) if public else None
+        # Lists of valid and test name no objects, wherever their masks may come from.
+        queries = tuple(_query(n, e, public and (split == "train" or "obj_id" in e)) for n, e in entry["expressions"].items())
+        masks = PalettePngs(source / split / "Annotations" / video_id) if any(q.object_ids for q in queries) else None
         items.append(Item(video_id, folder / "JPEGImages" / video_id, queries, masks, frame_names(entry), fps=FPS))
     return items
 

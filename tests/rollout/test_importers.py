@@ -162,6 +162,21 @@ def test_ref_youtube_vos(tmp_path):
     assert {k: e.objects for k, e in pickled["train"].items()} == {k: e.objects for k, e in found["train"].items()}
 
 
+def test_ref_youtube_vos_with_the_masks_of_valid(tmp_path):
+    root = tmp_path / "ref-youtube-vos"
+    miniatures.ref_youtube_vos(root)
+    file = root / "meta_expressions/valid/meta_expressions.json"
+    meta = json.loads(file.read_text())
+    meta["videos"]["v1"]["expressions"]["0"]["obj_id"] = "3"
+    miniatures.write_json(file, meta)
+    values = [miniatures.blob() * 3 for _ in range(2)]
+    for name, v in zip(("00010", "00020"), values):
+        miniatures.write_png(root / f"valid/Annotations/v1/{name}.png", v)
+    found, _ = imported("ref_youtube_vos", root, tmp_path / "out", splits=["valid"])
+    assert_masks(found["valid"]["v1", "0"], {3: {2: values[0] == 3, 4: values[1] == 3}}, frames=(2, 4))
+    assert found["valid"]["v2", "0"].annotated_frames == ()
+
+
 def test_ref_youtube_vos_defects(tmp_path):
     root = tmp_path / "ref-youtube-vos"
     miniatures.ref_youtube_vos(root)
