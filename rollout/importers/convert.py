@@ -31,8 +31,7 @@ def convert(item: Item, source: str, split: str, folder: Path, keep_suspect: boo
         if item.suspect and split == "train" and not keep_suspect:
             raise Defect(item.suspect)
         media, listed = _media(item)
-        wanted = dict.fromkeys(o for q in item.queries for o in q.object_ids or ())
-        truth = item.masks.read(media, listed, list(wanted)) if item.masks else None
+        truth = _truth(item, media, listed)
     except (Defect, MediaError) as defect:
         return [], [_skipped(item, q, defect) for q in item.queries]
     episodes, skipped, seen = [], [], set()
@@ -84,11 +83,23 @@ def _media(item: Item) -> tuple[Media, list[int]]:
         raise Defect("frames of another size than the annotation says", f"{media.path}: {media.hw}, not {item.hw} (height, width)")
     if item.frames is None:
         return media, list(range(len(media.names)))
+    if len(set(item.frames)) < len(item.frames):
+        raise Defect("frame listed twice", str(media.path))
     number = {name: i for i, name in enumerate(media.names)}
     missing = [name for name in item.frames if name not in number]
     if missing or not item.frames:
         raise Defect(MISSING_FRAMES if missing else "no frames listed", f"{len(missing)} of {len(item.frames)} in {media.path}")
     return media, [number[name] for name in item.frames]
+
+
+def _truth(item: Item, media: Media, listed: list[int]) -> Truth | None:
+    if item.masks is None:
+        return None
+    wanted = dict.fromkeys(o for q in item.queries for o in q.object_ids or ())
+    try:
+        return item.masks.read(media, listed, list(wanted))
+    except (AttributeError, TypeError, ValueError) as error:  # values of a kind that no mask has
+        raise Defect("broken mask", f"{type(error).__name__}: {error}") from error
 
 
 def _targets(query: Query, truth: Truth | None) -> tuple[tuple[int, ...], tuple[TargetObject, ...]]:

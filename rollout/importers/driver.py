@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from rollout.episodes import SCHEMA_VERSION, Episode, write_episodes
 from rollout.importers.convert import Skipped, convert
-from rollout.importers.item import Benchmark, SourceError
+from rollout.importers.item import Benchmark, Item, SourceError
 from rollout.importers.mevis import MEVIS
 from rollout.importers.reasonseg import REASONSEG
 from rollout.importers.reasonvos import REASONVOS
@@ -91,7 +91,7 @@ def _import_split(
         report = json.loads(_checked(folder / "report.json", settings, out).read_text())
         progress(f"{benchmark.name}/{split}: already imported to {folder}")
         return report
-    items = benchmark.items(source, split, out)
+    items = _items(benchmark, source, split, out)
     if not items:
         return None
     partial_folder.mkdir(parents=True, exist_ok=True)
@@ -124,6 +124,17 @@ def _import_split(
     _write_json(partial_folder / "report.json", report)
     os.replace(partial_folder, folder)
     return report
+
+
+def _items(benchmark: Benchmark, source: Path, split: str, out: Path) -> list[Item]:
+    try:
+        return benchmark.items(source, split, out)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, SourceError):
+            raise
+        files = ", ".join(str(f) for f in benchmark.files(source, split)[:3])
+        what = f"{type(error).__name__}: {error}"
+        raise SourceError(f"the annotation of {split} is not in the layout of {benchmark.name} ({what}) in one of {files}; download it again") from error
 
 
 def _write_shard(file: Path, results: Iterator[tuple[list[Episode], list[Skipped]]]) -> None:

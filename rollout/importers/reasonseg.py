@@ -43,8 +43,8 @@ def paint(shapes: Sequence[tuple[str, Sequence]], hw: tuple[int, int]) -> np.nda
     for label, points in shapes:
         if "flag" in label.lower():
             continue
-        if not points:
-            raise Defect("polygon without points", label)
+        if not points or not np.isfinite(points).all():
+            raise Defect("broken mask", f"polygon of {label}: {str(points)[:80]}")
         polygon, layer_HW = [np.array(points).astype(np.int32)], np.zeros(hw, np.uint8)
         cv2.polylines(layer_HW, polygon, True, 1, 1)
         cv2.fillPoly(layer_HW, polygon, 1)
@@ -78,8 +78,11 @@ def _item(folder: Path, name: str) -> Item:
             entry = json.loads(data.decode("utf-8"))
         except UnicodeDecodeError:
             entry = json.loads(data.decode("cp1252"))
-        shapes = tuple((s["label"], tuple((float(x), float(y)) for x, y in s["points"])) for s in entry["shapes"])
-        queries = tuple(Query(str(n), text, ("0",), query_type="reasoning") for n, text in enumerate(entry["text"]))
+        shapes = tuple((str(s["label"]), tuple((float(x), float(y)) for x, y in s["points"])) for s in entry["shapes"])
+        texts = [entry["text"]] if isinstance(entry["text"], str) else entry["text"]
+        if not texts:
+            raise ValueError("no text")
+        queries = tuple(Query(str(n), str(text), ("0",), query_type="reasoning") for n, text in enumerate(texts))
     except (OSError, ValueError, KeyError, TypeError) as error:
         defect = Defect("no readable annotation", f"{name}.json: {type(error).__name__}: {error}")
         return Item(name, image, (Query("0", name, None, defect=defect),), None, kind="image")

@@ -71,7 +71,7 @@ def _items(name: str, refs: str, source: Path, split: str, out: Path) -> list[It
             by_image.setdefault(reference["image_id"], []).append(reference)
     items = []
     for image_id, group in by_image.items():
-        queries = tuple(Query(str(s["sent_id"]), s["sent"], (str(r["ann_id"]),), query_type="referring") for r in group for s in r["sentences"])
+        queries = tuple(Query(str(s["sent_id"]), str(s["sent"]), (str(r["ann_id"]),), query_type="referring") for r in group for s in r["sentences"])
         found = {str(r["ann_id"]): annotations[r["ann_id"]]["segmentation"] for r in group if r["ann_id"] in annotations}
         image = images.get(image_id, {"file_name": f"{image_id} (in no image list)", "height": 0, "width": 0})
         hw = (image["height"], image["width"])

@@ -348,3 +348,7 @@ def test_wrong_folders_and_names_are_said(tmp_path):
     miniatures.write_json(tmp_path / "train/meta_expressions.json", {"videos": {"v": {"frames": []}}})
     with pytest.raises(SourceError, match="video v has no `expressions`"):
         import_data("mevis", tmp_path, tmp_path / "out")
+    miniatures.write_json(tmp_path / "train/meta_expressions.json", {"videos": {"v": {"frames": [], "expressions": {"0": None}}}})
+    miniatures.write_json(tmp_path / "train/mask_dict.json", {})
+    with pytest.raises(SourceError, match="annotation of train is not in the layout of mevis .*download it again"):
+        import_data("mevis", tmp_path, tmp_path / "out")
