@@ -112,6 +112,45 @@ def toy_data(options: argparse.Namespace) -> None:
     print(f"toy world written to {out}: train on {out}/train, validate on {out}/valid_u, test on {out}/valid")
 
 
+def import_data(options: argparse.Namespace) -> None:
+    """Import a public benchmark: its queries and masks become Parquet episodes that refer to its frames."""
+    from rollout.importers import driver
+
+    if options.kind not in driver.BENCHMARKS:
+        raise UserError(f"there is no importer {options.kind!r}", f"choose one of {', '.join(driver.BENCHMARKS)}")
+    splits = [s for s in (options.splits or "").split(",") if s]
+    workers = options.workers or os.cpu_count() or 1
+    reports = driver.import_data(options.kind, options.source, options.out, splits, workers, options.keep_suspect)
+    for split, report in reports.items():
+        print(f"{options.out}/{split}: {report['episodes']} episodes of {report['queries']} queries about {report['items']} videos or images")
+        for reason, found in report["skipped_by_reason"].items():
+            print(f"  skipped {found['queries']}: {reason} (such as {found['examples'][0]})")
+        for note in report["notes"]:
+            print(f"  note: {note}")
+    print(f"details are in {options.out}/<split>/report.json; `videoseg data inspect {options.out} --check` looks at the result")
+
+
+def inspect_data(options: argparse.Namespace) -> None:
+    """Print what a data set holds; check it; draw a sheet of its frames, masks and queries."""
+    from cluster import inspect_data
+
+    bad, folders = 0, inspect_data.data_folders(Path(options.data))
+    for folder in folders:
+        found = inspect_data.look(folder, options.check, options.workers or os.cpu_count() or 1)
+        print(f"{folder}: " + "\n".join(found.lines()))
+        for what, where in found.problems.items():
+            print(f"  PROBLEM in {len(where)} episodes: {what} (such as {', '.join(where[:3])})")
+        bad += len({name for where in found.problems.values() for name in where})
+    if options.sheet:
+        from cluster.contact_sheet import write_sheet
+
+        print(f"{write_sheet(folders, Path(options.sheet), options.episodes)} episodes drawn to {options.sheet}")
+    if bad:
+        raise UserError(f"{bad} episodes of {options.data} cannot be used as they are", "restore the media, or import the data set again")
+    if options.check:
+        print("checked: no problems")
+
+
 def difficulty(options: argparse.Namespace) -> None:
     """Let a vision-language model rate how difficult each query is; writes a copy of the data set with the ratings."""
     from cluster.rate_difficulty import RatingConfig, rate_data
@@ -229,6 +268,27 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(kinds, "toy", toy_data, "videoseg data toy data/toy", "Writes Parquet episodes and JPEG frames for train, validation and test.")
     command.add_argument("out", metavar="OUT", help="folder to make")
     command.add_argument("--seed", type=int, default=0, help="seed of the world (default 0)")
+
+    more = (
+        "KIND is revos, mevis, ref_youtube_vos, ref_davis17, reasonvos, reasonseg, refcoco, refcoco+, refcocog or visionreasoner (the\n"
+        "training sets of Seg-Zero and VisionReasoner). SRC is laid out as its authors do; docs/data.md shows each. Frames stay where they\n"
+        "are. Run it again after an interruption: whole shards are kept. OUT/SPLIT/report.json says what was left out, and why."
+    )
+    command = _add(kinds, "import", import_data, "videoseg data import mevis downloads/mevis data/mevis", more)
+    command.add_argument("kind", metavar="KIND", help="the benchmark")
+    command.add_argument("source", metavar="SRC", help="folder that holds it")
+    command.add_argument("out", metavar="OUT", help="folder for the episodes: OUT/train and so on")
+    command.add_argument("--splits", metavar="A,B", help="splits to import (default: all that are there)")
+    command.add_argument("--workers", type=int, metavar="N", help="processes (default: one a CPU)")
+    command.add_argument("--keep-suspect", action="store_true", help="keep, in train too, masks of a release that are known to be doubtful")
+
+    more = "DATA may also be a folder of splits. With --check the exit status is 2 if any episode cannot be used."
+    command = _add(kinds, "inspect", inspect_data, "videoseg data inspect data/mevis/train --check --sheet mevis.png", more)
+    command.add_argument("data", metavar="DATA", help="episodes: a folder with Parquet shards, or one file")
+    command.add_argument("--check", action="store_true", help="compare every episode with its media: sizes, masks, boxes, points, ids")
+    command.add_argument("--sheet", metavar="FILE.png", help="draw some episodes with their masks")
+    command.add_argument("--episodes", type=int, default=12, metavar="N", help="episodes on the sheet (default 12)")
+    command.add_argument("--workers", type=int, metavar="N", help="processes (default: one a CPU)")
 
     more = (
         "Any OpenAI-compatible endpoint that takes images will do; for a model of your own run `vllm serve MODEL` beside it.\n"

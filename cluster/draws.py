@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reward_service import FrameTarget, Target
+from reward_service import FrameTarget, RewardConfig, Target
 from rollout.episodes import Episode, fingerprint, read_episodes
 from rollout.frames import check_frames, load_frames
 from rollout.order import episode_at, target_frame_at, uniform_frames
@@ -48,7 +48,17 @@ class Draws:
     def of_run(cls, config: RunConfig) -> tuple[Draws, Draws]:
         """Training and held-out draws of a run. The held-out ones do not depend on the run's seed."""
         builder = PromptBuilder(config.policy.path, config.prompt)
-        return cls(config.data.train, builder, config.data, config.run.seed), cls(config.data.evaluation, builder, config.data, seed=0)
+        both = cls(config.data.train, builder, config.data, config.run.seed), cls(config.data.evaluation, builder, config.data, seed=0)
+        for draws in both:
+            draws.check_masks(config.reward)
+        return both
+
+    def check_masks(self, reward: RewardConfig) -> None:
+        """Raises DataError where the reward needs masks and an episode has none."""
+        without = sum(not e.has_masks for e in self.episodes)
+        if without and (reward.weights.negative_point or reward.needs_predicted_masks or reward.needs_video_masks):
+            remedy = "set reward.weights.negative_point=0 and use no term on masks, or train on other data"
+            raise DataError(f"{self.path}: {without} episodes have boxes and points but no masks, and the reward needs masks", remedy)
 
     def check_frames(self, seconds: float) -> None:
         """Looks at the frame files of as many videos as fit in `seconds`, evenly over the data set, and builds one prompt.
@@ -79,7 +89,8 @@ class Draws:
         frames = load_frames(episode.video_path, [*shown, t])
         if (found := frames[t].shape[:2]) != (episode.height, episode.width):
             raise DataError(f"{episode.video_path}: frames are {found}, the episode says {(episode.height, episode.width)}", "import the data set again")
-        query, video = episode.query, ImageFolder(episode.video_path.absolute())
+        query = episode.query
+        video = FramesInMemory([frames[t]]) if episode.media == "image" else ImageFolder(episode.video_path.absolute())
         if self.data.control == "shuffled_queries":
             query = self._foreign_query(position, episode)
         elif self.data.control == "blank_frames":
@@ -97,14 +108,20 @@ class Draws:
 
 
 def target_of(episode: Episode, t: int) -> Target:
-    """The truth about the targets that can be seen on frame t: there, and their masks on all annotated frames."""
+    """The truth about the targets that can be seen on frame t: there, and their masks on all annotated frames.
+
+    Where the episode has boxes and points alone, the target has no masks, and a term that needs them says so.
+    """
     visible, size = episode.visible(t), [episode.height, episode.width]
+    boxes, points = [list(a.box) for a in visible], [[list(a.point)] for a in visible]
+    if not episode.has_masks:
+        return Target((episode.height, episode.width), boxes, points)
     tracks = [{a.frame: {"size": size, "counts": a.counts} for a in o.annotations} for o in episode.objects]
     tracks = [track for track in tracks if t in track]
     return Target(
         image_size=(episode.height, episode.width),
-        boxes=[list(a.box) for a in visible],
-        points=[[list(a.point)] for a in visible],
+        boxes=boxes,
+        points=points,
         masks=episode.masks(t),
         frames={f: FrameTarget(masks=[track.get(f) for track in tracks]) for f in episode.annotated_frames},
         frame=t,

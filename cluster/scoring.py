@@ -91,9 +91,9 @@ async def score_group(
     decoded = predicted = None if masks is None else [_decode(m, draw.target.image_size) for m in masks]
     if tracks is not None:
         predicted = [track | {prompt.target_frame: on_target_frame} for track, on_target_frame in zip(tracks, decoded)]
-    truth = np.asarray(draw.target.masks, bool).any(0)
+    truth = None if draw.target.masks is None else np.asarray(draw.target.masks, bool).any(0)
     box_ious = tuple(mean_box_iou(a, draw.target) for a in answers)
-    mask_ious = () if decoded is None else tuple(union_iou(m.any(0), truth) for m in decoded)
+    mask_ious = () if decoded is None or truth is None else tuple(union_iou(m.any(0), truth) for m in decoded)
     success = None
     if online is not None:
         success = success_rate(mask_ious if online.config.success == "mask_iou" else box_ious, online.config.success_above)
@@ -117,7 +117,7 @@ async def score_group(
         scores=tuple(scores),
         box_ious=box_ious,
         mask_ious=mask_ious,
-        video_ious=() if tracks is None else mean_video_ious(tracks, draw.episode),
+        video_ious=() if tracks is None or truth is None else mean_video_ious(tracks, draw.episode),
         uncertainties=uncertainties,
     )
 

@@ -2,13 +2,14 @@
 
 A data set is a folder with `*.parquet` shards; media paths in it are relative to that folder. Masks are COCO run-length
 encoded; boxes (integer, inclusive corners) and points (inside the mask) are derived once, when the data set is written.
+docs/data.md has the columns with their meaning. Version 1 lacked those of `_ADDED_IN_2` and is still read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,27 +19,35 @@ import pyarrow.parquet as pq
 
 from segmentation_service.masks import decode_rle, encode_rle, mask_to_box, mask_to_point
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
+_ADDED_IN_2 = ("expression_id", "annotator", "query_type", "media", "ignore", "suspect")
 
 _ANNOTATION = pa.struct(
     [("frame", pa.int32()), ("counts", pa.string()), ("area", pa.int32()), ("box", pa.list_(pa.int32())), ("point", pa.list_(pa.int32()))]
 )
 _OBJECT = pa.struct([("object_id", pa.string()), ("annotations", pa.list_(_ANNOTATION))])
+_IGNORE = pa.struct([("frame", pa.int32()), ("counts", pa.string())])
 SCHEMA = pa.schema(
     [
         ("episode_id", pa.string()),  # unique in the data set
         ("source", pa.string()),  # benchmark or generator
-        ("split", pa.string()),
-        ("video_id", pa.string()),
-        ("video", pa.string()),  # folder of frames or video file, relative to the data set
+        ("split", pa.string()),  # as the benchmark calls it
+        ("video_id", pa.string()),  # the benchmark's own, of a video or an image
+        ("expression_id", pa.string()),  # the benchmark's own; unique in the video
+        ("annotator", pa.string()),  # who wrote the query, where a benchmark has several; null elsewhere
+        ("query_type", pa.string()),  # referring, reasoning or no_target, where a benchmark says; null elsewhere
+        ("media", pa.string()),  # video, or image: a video of one frame
+        ("video", pa.string()),  # folder of frames, video file or image file, relative to the data set
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("num_frames", pa.int32()),
         ("fps", pa.float32()),
         ("query", pa.string()),
         ("difficulty", pa.float32()),  # mean of the ratings, 1..10; null where not rated
-        ("annotated_frames", pa.list_(pa.int32())),  # frames whose masks are known, also where no target is in view
+        ("annotated_frames", pa.list_(pa.int32())),  # frames whose masks are known, also where no target is in view; empty: truth not public
         ("objects", pa.list_(_OBJECT)),  # targets; empty: nothing in the video fits the query
+        ("ignore", pa.list_(_IGNORE)),  # pixels that count neither for nor against an answer
+        ("suspect", pa.string()),  # why the masks are to be doubted; null: no reason known
     ],
     metadata={"schema_version": SCHEMA_VERSION},
 )
@@ -53,8 +62,8 @@ class Annotation:
     """One target in one frame; frames in which it cannot be seen have no annotation."""
 
     frame: int
-    counts: str  # compressed COCO RLE of a mask of the episode's size
-    area: int  # pixels
+    counts: str | None  # compressed COCO RLE of a mask of the episode's size; None: only box and point are known
+    area: int  # pixels, of the box where there is no mask
     box: tuple[int, int, int, int]
     point: tuple[int, int]
 
@@ -63,6 +72,12 @@ class Annotation:
 class TargetObject:
     object_id: str
     annotations: tuple[Annotation, ...]
+
+
+@dataclass(frozen=True)
+class IgnoreMask:
+    frame: int
+    counts: str
 
 
 @dataclass(frozen=True)
@@ -82,6 +97,12 @@ class Episode:
     difficulty: float | None
     annotated_frames: tuple[int, ...]
     objects: tuple[TargetObject, ...]
+    expression_id: str = ""
+    annotator: str | None = None
+    query_type: str | None = None
+    media: str = "video"
+    ignore: tuple[IgnoreMask, ...] = ()
+    suspect: str | None = None
     root: str = "."
 
     @property
@@ -92,15 +113,29 @@ class Episode:
         """The targets' annotations in this frame, in the order of the objects."""
         return [a for o in self.objects for a in o.annotations if a.frame == frame]
 
+    @property
+    def has_masks(self) -> bool:
+        """False where the targets are known by box and point alone."""
+        return all(a.counts is not None for o in self.objects for a in o.annotations)
+
     def masks(self, frame: int) -> np.ndarray:
-        """Masks of the targets that can be seen in this frame: bool (N, H, W)."""
+        """Masks of the targets that can be seen in this frame: bool (N, H, W). Raises `DataError` where only boxes are known."""
+        if not self.has_masks:
+            raise DataError(f"episode {self.episode_id} has boxes and points but no masks; train on it with box and point rewards")
         size = [self.height, self.width]
         masks = [decode_rle({"size": size, "counts": a.counts}) for a in self.visible(frame)]
         return np.stack(masks) if masks else np.zeros((0, *size), bool)
 
+    def ignored(self, frame: int) -> np.ndarray:
+        """Pixels of this frame that count neither for nor against an answer: bool (H, W)."""
+        ignored_HW = np.zeros((self.height, self.width), bool)
+        for mask in (m for m in self.ignore if m.frame == frame):
+            ignored_HW |= decode_rle({"size": ignored_HW.shape, "counts": mask.counts})
+        return ignored_HW
+
     def target_frames(self, min_share: float = 0.001) -> list[int]:
         """Annotated frames in which the targets cover at least `min_share` of the picture; all annotated frames of a
-        query without a target."""
+        query without a target. None where the truth is not public, so such an episode is never drawn."""
         if not self.objects:
             return list(self.annotated_frames)
         least = min_share * self.height * self.width
@@ -118,11 +153,14 @@ def annotate(frame: int, mask_HW: np.ndarray) -> Annotation | None:
     return Annotation(frame, encode_rle(mask_HW)["counts"], int(mask_HW.sum()), tuple(map(int, box)), tuple(map(int, point)))
 
 
-def write_episodes(episodes: Iterable[Episode], path: Path, rows_per_group: int = 256) -> int:
-    """Writes one shard (to a temporary name, then renamed); returns the number of episodes."""
+def write_episodes(episodes: Iterable[Episode], path: Path, rows_per_group: int = 256, metadata: Mapping[str, str] | None = None) -> int:
+    """Writes one shard (to a temporary name, then renamed); returns the number of episodes.
+
+    metadata: further key-value pairs of the file, beside its schema's version.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, count = path.with_suffix(".partial"), 0
-    with pq.ParquetWriter(partial, SCHEMA) as writer:
+    with pq.ParquetWriter(partial, SCHEMA.with_metadata({**SCHEMA.metadata, **(metadata or {})})) as writer:
         rows: list[dict] = []
         for count, episode in enumerate(episodes, 1):
             row = asdict(episode)
@@ -151,13 +189,22 @@ def shards(path: str | Path) -> list[Path]:
             schema = pq.read_schema(file)
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{file} is not a readable Parquet file ({error}); write it again") from error
-        missing = [name for name in SCHEMA.names if name not in schema.names]
+        columns = _columns(schema, file)
+        missing = [name for name in columns if name not in schema.names]
         if missing:
-            raise DataError(f"{file}: column {', '.join(missing)} is missing; episodes need {', '.join(SCHEMA.names)}")
-        wrong = [f"{f.name} is {schema.field(f.name).type}, not {f.type}" for f in SCHEMA if schema.field(f.name).type != f.type]
+            raise DataError(f"{file}: column {', '.join(missing)} is missing; episodes need {', '.join(columns)}")
+        wrong = [f"{n} is {schema.field(n).type}, not {SCHEMA.field(n).type}" for n in columns if schema.field(n).type != SCHEMA.field(n).type]
         if wrong:
             raise DataError(f"{file}: {'; '.join(wrong)}; import the data set again with this version")
     return files
+
+
+def _columns(schema: pa.Schema, file: Path) -> list[str]:
+    """The columns of the schema's version that a file was written in."""
+    version = (schema.metadata or {}).get(b"schema_version", SCHEMA_VERSION.encode()).decode()
+    if version not in ("1", SCHEMA_VERSION):
+        raise DataError(f"{file} was written in version {version} of the schema, this one reads 1 and {SCHEMA_VERSION}; import the data set again")
+    return [name for name in SCHEMA.names if version != "1" or name not in _ADDED_IN_2]
 
 
 def read_episodes(path: str | Path) -> Iterator[Episode]:
@@ -165,8 +212,9 @@ def read_episodes(path: str | Path) -> Iterator[Episode]:
     root = str(path if Path(path).is_dir() else Path(path).parent)
     for file in shards(path):
         with pq.ParquetFile(file) as parquet:
+            columns = _columns(parquet.schema_arrow, file)
             for group in range(parquet.num_row_groups):
-                for row in parquet.read_row_group(group, SCHEMA.names).to_pylist():
+                for row in parquet.read_row_group(group, columns).to_pylist():
                     yield _episode(row, root)
 
 
@@ -175,7 +223,8 @@ def _episode(row: dict, root: str) -> Episode:
         TargetObject(o["object_id"], tuple(Annotation(**a | {"box": tuple(a["box"]), "point": tuple(a["point"])}) for a in o["annotations"]))
         for o in row["objects"]
     )
-    return Episode(**row | {"objects": objects, "annotated_frames": tuple(row["annotated_frames"]), "root": root})
+    ignore = tuple(IgnoreMask(**m) for m in row.get("ignore", ()))
+    return Episode(**row | {"objects": objects, "ignore": ignore, "annotated_frames": tuple(row["annotated_frames"]), "root": root})
 
 
 def fingerprint(path: str | Path) -> str:

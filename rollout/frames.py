@@ -18,7 +18,9 @@ class VideoError(ValueError):
 
 @lru_cache(maxsize=4096)
 def frame_files(folder: Path) -> tuple[Path, ...]:
-    """The image files of a folder in the order of their names: file i is frame i."""
+    """The image files of a folder in the order of their names: file i is frame i. An image file is a video of one frame."""
+    if folder.suffix.lower() in SUFFIXES and folder.is_file():
+        return (folder,)
     if not folder.is_dir():
         raise VideoError(f"{folder}: no such folder of frames; check the data set's root and its `video` column")
     files = tuple(sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES))

@@ -82,6 +82,7 @@ def _write_video(seed: int, root: Path, config: ToyDataConfig) -> tuple[list[Epi
             source="toy",
             split=SPLITS[root.name],
             video_id=name,
+            expression_id=str(number),
             video=f"JPEGImages/{name}",
             height=world.height,
             width=world.width,

@@ -65,7 +65,7 @@ def scored_term(term):
 
 
 def needs_tracks(term):
-    return "video" in term
+    return "video" in term or term == "temporal_consistency"
 
 
 def settings(name, term):

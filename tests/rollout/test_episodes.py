@@ -1,14 +1,17 @@
 """Episodes on disk, frames, and the order of draws: exact round trips and errors that name the file."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from rollout import frames
-from rollout.episodes import DataError, Episode, TargetObject, annotate, fingerprint, read_episodes, write_episodes
+from rollout.episodes import Annotation, DataError, Episode, IgnoreMask, TargetObject, annotate, fingerprint, read_episodes, write_episodes
 from rollout.frames import VideoError, load_frames
 from rollout.order import episode_at, target_frame_at, uniform_frames
+from segmentation_service.masks import encode_rle
 
 
 def episode(name="a", difficulty=3.5, masks=None):
@@ -59,6 +62,40 @@ def test_what_is_wrong_with_a_data_set_is_said(tmp_path):
     file.write_bytes(b"PAR1 and then nothing")
     with pytest.raises(DataError, match="not a readable Parquet file"):
         list(read_episodes(tmp_path))
+
+
+def test_what_version_1_lacks_is_filled_in(tmp_path):
+    write_episodes([episode()], tmp_path / "x.parquet")
+    table = pq.read_table(tmp_path / "x.parquet")
+    old = table.drop_columns(["expression_id", "annotator", "query_type", "media", "ignore", "suspect"])
+    pq.write_table(old.replace_schema_metadata({"schema_version": "1"}), tmp_path / "x.parquet")
+    (read,) = read_episodes(tmp_path)
+    assert (read.objects, read.media, read.ignore, read.suspect) == (episode().objects, "video", (), None)
+    pq.write_table(table.replace_schema_metadata({"schema_version": "3"}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="written in version 3 of the schema, this one reads 1 and 2; import the data set again"):
+        list(read_episodes(tmp_path))
+
+
+def test_what_version_2_adds_comes_back(tmp_path):
+    mask = np.zeros((20, 30), bool)
+    mask[:3, 4:] = True
+    ignore = (IgnoreMask(1, encode_rle(mask)["counts"]),)
+    box = TargetObject("0", (Annotation(0, None, 6, (1, 2, 3, 3), (2, 2)),))
+    written = replace(episode(), expression_id="9", annotator="annot2", query_type="reasoning", media="image", ignore=ignore, suspect="old", objects=(box,))
+    write_episodes([written], tmp_path / "x.parquet", metadata={"more": "things"})
+    (read,) = read_episodes(tmp_path)
+    assert replace(read, root=".") == written and not read.has_masks and episode().has_masks
+    assert np.array_equal(read.ignored(1), mask) and not read.ignored(0).any()
+    assert pq.read_metadata(tmp_path / "x.parquet").metadata[b"more"] == b"things"
+    with pytest.raises(DataError, match="has boxes and points but no masks"):
+        read.masks(0)
+
+
+def test_an_image_is_a_video_of_one_frame(tmp_path):
+    Image.new("RGB", (30, 20), (9, 0, 0)).save(tmp_path / "a.png")
+    assert load_frames(tmp_path / "a.png", [0])[0].shape == (20, 30, 3)
+    with pytest.raises(VideoError, match="frame 1 was asked for, but there are frames 0 to 0"):
+        load_frames(tmp_path / "a.png", [1])
 
 
 def test_frames_by_id_and_their_errors(tmp_path):

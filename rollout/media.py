@@ -1,0 +1,51 @@
+"""Videos and images as files, looked at without decoding them: the names of the frames and their size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from rollout.frames import VideoError, frame_files
+
+
+class MediaError(ValueError):
+    """A folder of frames or an image that is missing or broken. `reason` is one of a few fixed phrases, the message has the details."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class Media:
+    """names: of the frames, without suffix, in their order. hw: height and width of every frame, pixels, as stored."""
+
+    path: Path
+    names: tuple[str, ...]
+    hw: tuple[int, int]
+
+
+def read_media(path: Path) -> Media:
+    """A folder of frames, or an image as a video of one frame; reads the header of every file. Raises `MediaError`."""
+    try:
+        files = frame_files(path)
+    except VideoError as error:
+        raise MediaError("no frames" if path.is_dir() else "media missing", str(path)) from error
+    names = tuple(f.stem for f in files)
+    if len(set(names)) < len(names):
+        raise MediaError("two files for one frame", f"{path}, {next(n for n in names if names.count(n) > 1)}")
+    sizes = {}
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                sizes.setdefault((image.height, image.width), file)
+        except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:  # a broken PNG can be a SyntaxError
+            raise MediaError("unreadable frame", str(file)) from error
+    if len(sizes) > 1:
+        raise MediaError("frames of different sizes", ", ".join(f"{file}: {h}x{w}" for (h, w), file in sizes.items()))
+    return Media(path, names, next(iter(sizes)))
