@@ -52,7 +52,7 @@ class LearnerConfig:
     advantage_eps: float = field(default=1e-6, metadata={"help": "Added to the standard deviation of rewards.", "min": 0.0})
     surrogate: str = field(
         default="ppo",
-        metadata={"help": "ppo: clipped probability ratio times advantage; cispo: log-prob times advantage, weighted by the clipped ratio.", "choices": SURROGATES},
+        metadata={"help": "ppo: clipped probability ratio times advantage (GRPO, DAPO, GSPO); cispo: log-prob times advantage, weighted by the clipped ratio.", "choices": SURROGATES},
     )
     ratio_level: str = field(
         default="token", metadata={"help": "Probability ratio of each token, or one of its sequence (geometric mean, as in GSPO).", "choices": LEVELS}

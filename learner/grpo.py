@@ -225,7 +225,8 @@ def policy_loss(
     tis = min(exp(old_logprobs - rollout_logprobs), tis_cap), without gradient: truncated importance sampling for the
     difference between the engine that sampled and the learner (Yao et al. 2025, "Your efficient RL framework secretly
     brings you off-policy RL training"); at tis_level sequence, of the sequence's summed difference (Liu et al. 2025, "When
-    speed kills stability"). Off if `rollout_logprobs` or `tis_cap` is None. KL: `kl_to_reference`; off without `ref_logprobs`.
+    speed kills stability"). Off if `rollout_logprobs` or `tis_cap` is None. KL: `kl_to_reference`; off without `ref_logprobs`. entropy: of the distribution each
+    token was drawn from, a bonus (PPO, eq. 9).
 
     The dict has per-token tensors "policy_loss" (tis * surrogate), "kl", "clip_low", "clip_high", "dual_clip", "tis_weight",
     "tis_capped", "ratio". Raises ValueError for an unknown name or a combination without meaning.
