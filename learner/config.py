@@ -52,7 +52,10 @@ class LearnerConfig:
     advantage_eps: float = field(default=1e-6, metadata={"help": "Added to the standard deviation of rewards.", "min": 0.0})
     surrogate: str = field(
         default="ppo",
-        metadata={"help": "ppo: clipped probability ratio times advantage (GRPO, DAPO, GSPO); cispo: log-prob times advantage, weighted by the clipped ratio.", "choices": SURROGATES},
+        metadata={
+            "help": "ppo: clipped probability ratio times advantage (GRPO, DAPO, GSPO); cispo: log-prob times advantage, weighted by the clipped ratio.",
+            "choices": SURROGATES,
+        },
     )
     ratio_level: str = field(
         default="token", metadata={"help": "Probability ratio of each token, or one of its sequence (geometric mean, as in GSPO).", "choices": LEVELS}
@@ -73,9 +76,9 @@ class LearnerConfig:
         default=2000, metadata={"help": "Tokens that each sequence's sum is divided by (loss_aggregation=constant).", "min": 1}
     )
     mask_overlong: bool = field(
-        default=False, metadata={"help": "Leave completions that hit the response limit out of the loss (their rewards still count in their group)."}
+        default=False, metadata={"help": "Leave completions that hit the response limit out of the loss; their rewards still count in their group."}
     )
-    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus: the loss falls where the policy's entropy rises.", "min": 0.0})
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus, which is subtracted from the loss.", "min": 0.0})
     kl_coef: float = field(default=5e-3, metadata={"help": "Weight of the KL to the reference policy; 0 loads no reference.", "min": 0.0})
     kl_in: str = field(
         default="loss", metadata={"help": "Where the KL goes: added to the loss, or subtracted from the reward before advantages are taken.", "choices": KL_PLACES}

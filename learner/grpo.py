@@ -241,7 +241,8 @@ def policy_loss(
 
     log_ratio = logprobs - old_logprobs
     if ratio_level == "sequence":
-        log_ratio = _sequence_sum(log_ratio, sequence) / _sequence_sum(counted.to(log_ratio.dtype), sequence).clamp(min=1)
+        tokens = _sequence_sum(counted.to(log_ratio.dtype), sequence)
+        log_ratio = _sequence_sum(log_ratio, sequence) / tokens.clamp(min=1)
     # Past this exp overflows in float32, and a clipped token's gradient is 0 * infinity = NaN, not 0.
     ratio = torch.exp(log_ratio.clamp(max=80.0))
     clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)

@@ -151,6 +151,13 @@ def test_loss_and_gradient_do_not_depend_on_the_split(plain, name, budget):
     assert max(errors.values()) < 1e-5, max(errors.items(), key=lambda e: e[1])
 
 
+def test_an_advantage_is_a_number_or_one_a_token():
+    samples = random_samples(groups=1, completions=3, response=(2, 5))
+    each = [np.linspace(0, 1, len(s.response_ids)) for s in samples]
+    batch = collate([replace(s, advantage=a if i else 2.0) for i, (s, a) in enumerate(zip(samples, each))], [2, 0, 1], SPEC, policies()[0].rope_index)
+    np.testing.assert_allclose(batch.advantages, np.concatenate([each[2], np.full(len(each[0]), 2.0), each[1]]), rtol=1e-6)
+
+
 def test_text_only_prompts_keep_the_vision_tower_in_the_graph():
     policy, plain = policies()
     samples = random_samples(groups=2, completions=2, images=0)
@@ -204,6 +211,7 @@ def test_samples_are_checked():
     first = samples[0]
     for message, change in {
         "finite": dict(advantage=float("nan")),
+        "one, or one a token": dict(advantage=np.zeros(len(first.response_ids) + 1)),
         "rollout log-probs": dict(rollout_logprobs=first.rollout_logprobs[:-1]),
         "banned token id 290": dict(response_ids=np.full_like(first.response_ids, IMAGE)),
         "visual tokens": dict(images=first.images[:-1]),
