@@ -14,19 +14,20 @@ from cluster.rollout_log import RolloutRow
 from cluster.scoring import ScoredGroup
 
 
-def samples_of(group: ScoredGroup, advantages: Sequence[float]) -> list[Sample]:
-    """One sample per completion; they share the prompt's arrays."""
+def samples_of(group: ScoredGroup, advantages: Sequence[float | np.ndarray]) -> list[Sample]:
+    """One sample per completion; they share the prompt's arrays. An advantage is a number, or an array of one a token."""
     prompt = group.draw.prompt
     return [
         Sample(
             prompt_ids=prompt.token_ids,
             response_ids=c.token_ids,
             rollout_logprobs=c.logprobs,
-            advantage=float(advantage),
+            advantage=advantage,
             images=prompt.images,
             grid_thw=prompt.grid_thw,
             group=group.draw.position,
             fingerprint=prompt.fingerprint,
+            truncated=c.finish_reason == "length",
         )
         for c, advantage in zip(group.completions, advantages)
     ]
@@ -61,12 +62,12 @@ def scored_completions(groups: Sequence[ScoredGroup], version: int) -> list[Scor
     ]
 
 
-def rollout_rows(step: int, groups: Sequence[ScoredGroup], advantages: Mapping[int, np.ndarray], processor: str) -> list[RolloutRow]:
+def rollout_rows(step: int, groups: Sequence[ScoredGroup], advantages: Mapping[int, Sequence[float | np.ndarray]], processor: str) -> list[RolloutRow]:
     """One row per completion. `advantages` are keyed by the draw's position; `processor` is the engines' fingerprint."""
     return [_row(step, g, i, advantages.get(g.draw.position), processor) for g in groups for i in range(len(g.completions))]
 
 
-def _row(step: int, group: ScoredGroup, i: int, advantages: np.ndarray | None, processor: str) -> RolloutRow:
+def _row(step: int, group: ScoredGroup, i: int, advantages: Sequence[float | np.ndarray] | None, processor: str) -> RolloutRow:
     draw, c, answer = group.draw, group.completions[i], group.answers[i]
     prompt, score = draw.prompt, group.scores[i] if group.scores else None
     objects = [{"box": o.box, "points": o.points, "negative_points": o.negative_points} for o in answer.objects]
@@ -103,7 +104,7 @@ def _row(step: int, group: ScoredGroup, i: int, advantages: np.ndarray | None, p
         length_factor=score.terms.get("length_penalty") if score else None,
         box_iou=group.box_ious[i] if group.box_ious else None,
         mask_iou=group.mask_ious[i] if group.mask_ious else None,
-        advantage=float(advantages[i]) if advantages is not None else None,
+        advantage=float(np.mean(advantages[i])) if advantages is not None else None,
         masks=list(group.masks[i]) if group.masks is not None else None,
     )
 

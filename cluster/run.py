@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -158,7 +158,7 @@ class Run:
         self.progress.restart_clock()
         return values
 
-    def log_rollouts(self, step: int, groups: list[ScoredGroup], advantages: Mapping[int, np.ndarray]) -> None:
+    def log_rollouts(self, step: int, groups: list[ScoredGroup], advantages: Mapping[int, Sequence[float | np.ndarray]]) -> None:
         rollout_log.write_rollouts(self.folder.rollouts, step, rollout_rows(step, groups, advantages, self.processor))
 
     async def save(self) -> None:

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import ray
 
-from learner.grpo import group_advantages
+from learner.advantages import step_advantages
 from learner.policy_check import check_policy
 from segmentation_service.checkpoint import check_sam2
 
@@ -78,8 +78,9 @@ async def learn(run: Run, groups: list[ScoredGroup]) -> None:
     config, step = run.config, run.step + 1
     kept = scored(groups, config.loop.max_failure_rate, step)
     rewards = np.stack([g.rewards for g in kept])
-    advantages = group_advantages(rewards, method=config.learner.advantage, eps=config.learner.advantage_eps).numpy()
     with run.stage("train"):
+        kls = await reference_kls(run, kept) if config.learner.kl_in_reward else None
+        advantages = step_advantages(config.learner, rewards, kls)
         samples = ray.put([s for g, a in zip(kept, advantages) for s in samples_of(g, a)])
         learned = (await gather([learner.train_step.remote(samples) for learner in run.actors.learners]))[0]
     with run.stage("sync"):
@@ -88,6 +89,7 @@ async def learn(run: Run, groups: list[ScoredGroup]) -> None:
         run.log_rollouts(step, groups, {g.draw.position: a for g, a in zip(kept, advantages)})
         completions = scored_completions(groups, version=run.step)
         tokens = sum(c.response_tokens for c in completions)
+        learned |= {"kl": float(np.concatenate(kls).mean())} if kls else {}
         values = completion_metrics(completions) | learner_metrics(learned) | synced | run.times.metrics(tokens)
         run.metrics.write(step, values)
     if run.online:
@@ -97,6 +99,12 @@ async def learn(run: Run, groups: list[ScoredGroup]) -> None:
     run.progress.step(step, values)
     if values["mismatch/kl"] > config.loop.mismatch_warn:
         run.progress.note(f"warning: step {step}: rollout/learner mismatch KL {values['mismatch/kl']:.4f} exceeds loop.mismatch_warn")
+
+
+async def reference_kls(run: Run, groups: list[ScoredGroup]) -> list[np.ndarray]:
+    """Per-token KL to the reference of every completion, for the reward."""
+    samples = ray.put([s for g in groups for s in samples_of(g, [0.0] * len(g.completions))])
+    return (await gather([learner.reference_kl.remote(samples) for learner in run.actors.learners]))[0]
 
 
 def scored(groups: list[ScoredGroup], max_failure_rate: float, step: int) -> list[ScoredGroup]:

@@ -51,6 +51,9 @@ class LearnerActor:
     def compute_logprobs(self, samples: Sequence[Sample]) -> list:
         return self.worker.compute_logprobs(samples)
 
+    def reference_kl(self, samples: Sequence[Sample]) -> list:
+        return self.worker.reference_kl(samples)
+
     def weight_buckets(self, max_bytes: int) -> Iterator[WeightBucket]:
         yield from self.worker.weight_buckets(max_bytes)
 

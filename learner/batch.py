@@ -28,17 +28,19 @@ class Sample:
 
     prompt_ids int32 (P,), image pads expanded; response_ids int32 (R,), R >= 1, as sampled, stop token included;
     rollout_logprobs float32 (R,) as the engine reported them (after temperature and bans); images uint8 (H, W, 3), already
-    of the policy's size; grid_thw int64 (n, 3); fingerprint: sha256 hex of ids and images where the prompt was made.
+    of the policy's size; grid_thw int64 (n, 3); fingerprint: sha256 hex of ids and images where the prompt was made;
+    advantage: one number, or one for each token (R,); truncated: it hit the response limit.
     """
 
     prompt_ids: np.ndarray
     response_ids: np.ndarray
     rollout_logprobs: np.ndarray
-    advantage: float
+    advantage: float | np.ndarray
     images: tuple[np.ndarray, ...]
     grid_thw: np.ndarray
     group: int
     fingerprint: str
+    truncated: bool = False
 
 
 def prompt_fingerprint(prompt_ids: np.ndarray, images: Sequence[np.ndarray]) -> str:
@@ -66,7 +68,9 @@ def check_samples(samples: Sequence[Sample], banned_token_ids: Collection[int], 
             raise SampleError(f"{where} has {len(s.prompt_ids)} prompt and {len(s.response_ids)} response tokens; both must be positive")
         if len(s.rollout_logprobs) != len(s.response_ids):
             raise SampleError(f"{where} has {len(s.response_ids)} response tokens and {len(s.rollout_logprobs)} rollout log-probs")
-        if not (np.isfinite(s.rollout_logprobs).all() and np.isfinite(s.advantage)):
+        if np.shape(s.advantage) not in ((), (len(s.response_ids),)):
+            raise SampleError(f"{where} has {len(s.response_ids)} response tokens and advantages of shape {np.shape(s.advantage)}; give one, or one a token")
+        if not (np.isfinite(s.rollout_logprobs).all() and np.isfinite(s.advantage).all()):
             raise SampleError(f"{where} has a log-prob or an advantage ({s.advantage}) that is not finite")
         forbidden = np.isin(s.response_ids, banned)
         if forbidden.any():
@@ -106,7 +110,8 @@ class MicroBatch:
 
     input_ids (1, T), position_ids (3, 1, T); pixel_values (patches, width) and grid_thw (n, 3) or None without images;
     target_rows (M,): positions whose hidden state predicts a response token; target_ids (M,); sequence (M,): which completion
-    a token is of; rollout_logprobs (M,), advantages (N,), lengths (N,) response tokens; indices: the samples, in order.
+    a token is of; rollout_logprobs (M,), advantages (M,), lengths (N,) response tokens, truncated (N,) bool; indices: the
+    samples, in order.
     """
 
     input_ids: Tensor
@@ -120,6 +125,7 @@ class MicroBatch:
     rollout_logprobs: Tensor
     advantages: Tensor
     lengths: Tensor
+    truncated: Tensor
     indices: tuple[int, ...]
 
 
@@ -169,7 +175,8 @@ def collate(
         target_ids=tensor(np.concatenate([s.response_ids for s in chosen]), np.int64),
         sequence=tensor(np.repeat(np.arange(len(chosen)), lengths), np.int64),
         rollout_logprobs=tensor(np.concatenate([s.rollout_logprobs for s in chosen]), np.float32),
-        advantages=tensor(np.array([s.advantage for s in chosen]), np.float32),
+        advantages=tensor(np.concatenate([np.broadcast_to(s.advantage, len(s.response_ids)) for s in chosen]), np.float32),
         lengths=tensor(lengths, np.int64),
+        truncated=tensor([s.truncated for s in chosen], np.bool_),
         indices=tuple(indices),
     )

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline")
+SURROGATES = ("ppo", "cispo")
+LEVELS = ("token", "sequence")
 AGGREGATIONS = ("token", "sequence", "constant")
 KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_PLACES = ("loss", "reward")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -47,8 +50,22 @@ class LearnerConfig:
     # loss
     advantage: str = field(default="grpo", metadata={"help": "How rewards of a group become advantages.", "choices": ADVANTAGES})
     advantage_eps: float = field(default=1e-6, metadata={"help": "Added to the standard deviation of rewards.", "min": 0.0})
-    clip_low: float = field(default=0.2, metadata={"help": "Probability ratios below 1 - clip_low are clipped.", "min": 0.0, "max": 1.0})
-    clip_high: float = field(default=0.2, metadata={"help": "Probability ratios above 1 + clip_high are clipped.", "min": 0.0})
+    surrogate: str = field(
+        default="ppo",
+        metadata={
+            "help": "ppo: clipped probability ratio times advantage (GRPO, DAPO, GSPO); cispo: log-prob times advantage, weighted by the clipped ratio.",
+            "choices": SURROGATES,
+        },
+    )
+    ratio_level: str = field(
+        default="token", metadata={"help": "Probability ratio of each token, or one of its sequence (geometric mean, as in GSPO).", "choices": LEVELS}
+    )
+    clip_low: float = field(
+        default=0.2, metadata={"help": "Probability ratios below 1 - clip_low are clipped; 1 leaves them free from below.", "min": 0.0, "max": 1.0}
+    )
+    clip_high: float = field(
+        default=0.2, metadata={"help": "Probability ratios above 1 + clip_high are clipped; above clip_low in DAPO (0.28).", "min": 0.0}
+    )
     dual_clip: Optional[float] = field(
         default=None, metadata={"help": "Bound on the ratio where the advantage is negative (3.0 is common); null for none.", "min": 1.0}
     )
@@ -58,14 +75,24 @@ class LearnerConfig:
     constant_length: int = field(
         default=2000, metadata={"help": "Tokens that each sequence's sum is divided by (loss_aggregation=constant).", "min": 1}
     )
+    mask_overlong: bool = field(
+        default=False, metadata={"help": "Leave completions that hit the response limit out of the loss; their rewards still count in their group."}
+    )
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus, which is subtracted from the loss.", "min": 0.0})
     kl_coef: float = field(default=5e-3, metadata={"help": "Weight of the KL to the reference policy; 0 loads no reference.", "min": 0.0})
+    kl_in: str = field(
+        default="loss", metadata={"help": "Where the KL goes: added to the loss, or subtracted from the reward before advantages are taken.", "choices": KL_PLACES}
+    )
     kl_estimator: str = field(default="k3", metadata={"help": "KL estimator of a token.", "choices": KL_ESTIMATORS})
     kl_clamp: Optional[float] = field(
-        default=10.0, metadata={"help": "Largest KL of a token in the loss (as in verl); null for none.", "min": 0.0}
+        default=10.0, metadata={"help": "Largest KL of a token (10 as in verl); null for none.", "min": 0.0}
     )
     tis_cap: Optional[float] = field(
         default=2.0,
         metadata={"help": "Cap of the importance weight learner/rollout (truncated importance sampling); null turns it off.", "min": 1.0},
+    )
+    tis_level: str = field(
+        default="token", metadata={"help": "Importance weight of each token, or one of its whole sequence (the product).", "choices": LEVELS}
     )
     ppo_epochs: int = field(default=1, metadata={"help": "Passes over the samples of a step.", "min": 1})
     minibatches: int = field(default=1, metadata={"help": "Optimiser steps of a pass; groups are dealt out to them.", "min": 1})
@@ -80,6 +107,10 @@ class LearnerConfig:
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: less memory, about a third slower."})
     entropy: bool = field(default=True, metadata={"help": "Measure the policy's entropy."})
 
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.kl_coef > 0.0 and self.kl_in == "reward"
+
 
 def check_config(config: LearnerConfig) -> None:
     """Raise ValueError for combinations that no single range can catch."""
@@ -88,5 +119,7 @@ def check_config(config: LearnerConfig) -> None:
         import warnings
 
         warnings.warn("learner.advantage=dr_grpo is published with learner.loss_aggregation=constant", stacklevel=2)
+    if config.surrogate == "cispo" and config.dual_clip is not None:
+        raise ValueError(f"learner.dual_clip = {config.dual_clip} bounds the ppo surrogate; use null with learner.surrogate=cispo, which has clip_high")
     if config.zero_stage > 0 and config.adam_eps == 0.0:
         raise ValueError("learner.adam_eps = 0 divides by zero in the padding of ZeRO's flat buffers; use a positive value")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, banned: Tensor, chunk: int, entropy: bool):
-        ctx.temperature, ctx.chunk = temperature, chunk
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, banned: Tensor, chunk: int, entropy: bool, train_entropy: bool):
+        ctx.temperature, ctx.chunk, ctx.train_entropy = temperature, chunk, train_entropy
         normalisers, logprobs, entropies = [], [], []
         for h, t in zip(hidden.split(chunk), targets.split(chunk)):
             logits = _logits(h, weight, temperature, banned)
@@ -24,14 +24,15 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 # H = log Z - sum p * logit; a banned word has p = 0 and logit -inf, whose product must count as 0.
                 p = torch.exp(logits - normaliser[:, None])
                 entropies.append(normaliser - (p * logits.index_fill_(1, banned, 0.0)).sum(1))
-        ctx.save_for_backward(hidden, weight, targets, banned, torch.cat(normalisers))
         entropies = torch.cat(entropies) if entropy else normalisers[0].new_empty(0)
-        ctx.mark_non_differentiable(entropies)
+        ctx.save_for_backward(hidden, weight, targets, banned, torch.cat(normalisers), entropies)
+        if not train_entropy:
+            ctx.mark_non_differentiable(entropies)
         return torch.cat(logprobs), entropies
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _):
-        hidden, weight, targets, banned, normaliser = ctx.saved_tensors
+    def backward(ctx, grad: Tensor, grad_entropy: Tensor):
+        hidden, weight, targets, banned, normaliser, entropies = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=normaliser.dtype, device=weight.device) if ctx.needs_input_grad[1] else None
         start = 0
@@ -41,13 +42,21 @@ class _ChunkedLogProbs(torch.autograd.Function):
             logits = _logits(h, weight, ctx.temperature, banned)
             # d logprob / d logits = onehot(target) - softmax
             g = grad[rows, None] / ctx.temperature
-            d_logits = logits.sub_(normaliser[rows, None]).exp_().mul_(-g)
+            log_p = logits.sub_(normaliser[rows, None])
+            d_entropy = None
+            if ctx.train_entropy:
+                # d entropy / d logits = -p (log p + entropy), 0 for banned words
+                d_entropy = log_p.exp().mul_(log_p.index_fill(1, banned, 0.0).add_(entropies[rows, None]))
+                d_entropy.mul_(-grad_entropy[rows, None] / ctx.temperature)
+            d_logits = log_p.exp_().mul_(-g)
             d_logits.scatter_add_(1, targets[rows, None], g)
+            if d_entropy is not None:
+                d_logits += d_entropy
             d_logits = d_logits.to(weight.dtype)
             grad_hidden[rows] = d_logits @ weight
             if grad_weight is not None:
                 grad_weight += d_logits.t() @ h
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float, banned: Tensor) -> Tensor:
@@ -60,16 +69,17 @@ def _logits(hidden: Tensor, weight: Tensor, temperature: float, banned: Tensor) 
 
 
 def chunked_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, banned: Tensor | None = None, chunk: int = 2048, entropy: bool = False
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, banned: Tensor | None = None, chunk: int = 2048,
+    entropy: bool = False, train_entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """log p(target) (M,) float32 and entropies (M,) float32 without gradient (empty unless `entropy`).
+    """log p(target) (M,) float32 and entropies (M,) float32 (empty unless `entropy`, with a gradient if `train_entropy`).
 
     hidden (M, D), the states that predict the targets (M,) int64; weight (V, D) of the language head. p is the softmax of
     logits / temperature with the ids `banned` (int64) at -inf: vLLM's `logprobs_mode="processed_logprobs"` with those ids
     banned from sampling. A banned target has log-prob -inf. Memory: `chunk` x V floats.
     """
     banned = torch.empty(0, dtype=torch.int64, device=hidden.device) if banned is None else banned
-    return _ChunkedLogProbs.apply(hidden, weight, targets, temperature, banned, chunk, entropy)
+    return _ChunkedLogProbs.apply(hidden, weight, targets, temperature, banned, chunk, entropy or train_entropy, train_entropy)
 
 
 class LogProbHead(nn.Linear):

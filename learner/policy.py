@@ -34,8 +34,8 @@ class PolicyModel(nn.Module):
             raise ValueError(f"banned token ids {banned[0]}..{banned[-1]} lie outside of the vocabulary of {vocabulary}")
         self.register_buffer("banned", torch.tensor(banned, dtype=torch.int64), persistent=False)
 
-    def forward(self, batch: MicroBatch, entropy: bool = False) -> tuple[Tensor, Tensor]:
-        """Log-probs (M,) of the response tokens and their entropies (M,) (empty unless asked for), float32."""
+    def forward(self, batch: MicroBatch, entropy: bool = False, train_entropy: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probs (M,) of the response tokens and their entropies (M,), float32: see `chunked_logprobs`."""
         output = self.model.model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, pixel_values=batch.pixel_values,
             image_grid_thw=batch.grid_thw, shared_prompt_layout=batch.layout,  # travels through transformers to our attention
@@ -44,7 +44,7 @@ class PolicyModel(nn.Module):
         if batch.pixel_values is None:
             hidden = hidden + self._unused_vision(hidden)
         return self.model.lm_head(
-            hidden, batch.target_ids, temperature=self.temperature, banned=self.banned, chunk=self.chunk, entropy=entropy
+            hidden, batch.target_ids, temperature=self.temperature, banned=self.banned, chunk=self.chunk, entropy=entropy, train_entropy=train_entropy
         )
 
     def _unused_vision(self, hidden: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from .batch import MicroBatch, Sample, check_fingerprints, check_samples, collat
 from .checkpoint import export_policy, load_checkpoint, save_checkpoint
 from .config import LearnerConfig, check_config
 from .engine import PolicyEngine, frozen_engine, init_distributed, pick_device_and_dtype
-from .grpo import multiplicative_error, policy_loss, rollout_mismatch, sequence_weights, token_sums
+from .grpo import kl_to_reference, multiplicative_error, rollout_mismatch, token_sums
 from .learning_rate import learning_rate
+from .loss import Totals, counted_sequences, micro_batch_loss, step_totals
 from .patchify import PatchSpec
 from .policy import PolicyModel, load_model
 from .schedule import SampleSize, schedule
@@ -101,39 +102,33 @@ class LearnerWorker:
         for _ in range(self.config.ppo_epochs):
             for part, plan in zip(parts, plans):
                 rate = self._learning_rate(len(parts))
+                totals = step_totals(self.config, [samples[i] for i in part])
                 for batch, active in self._micro_batches(samples, part, plan, clock):
-                    self._accumulate(samples, part, batch, active, before.get(batch.indices), sums, clock)
+                    self._accumulate(batch, totals, active, before.get(batch.indices), sums, clock)
                 norms.append(self._step(sums["loss"], rate))
                 clock.lap("optimizer")
         self.steps += 1
         return self._metrics(samples, sums, norms, rate, plans, clock)
 
-    def _accumulate(self, samples, part, batch: MicroBatch, active: bool, before, sums: dict[str, Tensor], clock: _Clock) -> None:
+    def _accumulate(self, batch: MicroBatch, totals: Totals, active: bool, before, sums: dict[str, Tensor], clock: _Clock) -> None:
         """Forward and backward of one micro-batch; its share of the step's loss and per-token terms go to `sums`."""
         config = self.config
         old, reference = before if before is not None else (None, self._reference(batch, clock))
-        logprobs, entropy = self.engine(batch, entropy=config.entropy)
+        logprobs, entropy = self.engine(batch, entropy=config.entropy, train_entropy=config.entropy_coef > 0.0)
         old = logprobs.detach() if old is None else old
-        total_tokens = sum(len(samples[i].response_ids) for i in part)
-        weights = sequence_weights(batch.lengths, config.loss_aggregation, total_tokens, len(part), config.constant_length)
-        weights = (weights * active).to(torch.float32)[batch.sequence]
-        loss, terms = policy_loss(
-            logprobs, old, batch.advantages[batch.sequence], weights,
-            clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
-            rollout_logprobs=batch.rollout_logprobs, tis_cap=config.tis_cap,
-            ref_logprobs=reference, kl_coef=config.kl_coef, kl_estimator=config.kl_estimator, kl_clamp=config.kl_clamp,
-        )
+        loss, terms = micro_batch_loss(config, batch, totals, logprobs, old, reference, entropy, active)
         clock.lap("forward")
         # DeepSpeed takes the mean of gradients over ranks; the weights above are already those of the sum over ranks.
         self.engine.backward(loss * self.world_size)
         clock.lap("backward")
         if active:
             terms |= rollout_mismatch(old, batch.rollout_logprobs)
-            terms |= {"entropy": entropy} if config.entropy else {}
-            for name, value in token_sums(terms).items():
+            terms |= {"entropy": entropy.detach()} if config.entropy else {}
+            counted = counted_sequences(config, batch)[batch.sequence]
+            for name, value in token_sums(terms, counted).items():
                 sums[name] += value
             sums["loss"] += loss.detach()
-            sums["tokens"] += len(batch.target_ids)
+            sums["tokens"] += counted.sum()
             sums["row_tokens"] += batch.input_ids.numel()
             sums["max_mismatch"] = torch.maximum(sums["max_mismatch"], terms["mismatch_abs"].max().double())
 
@@ -192,17 +187,39 @@ class LearnerWorker:
         return logprobs
 
     def _reference(self, batch: MicroBatch, clock: _Clock) -> Tensor | None:
-        return None if self.reference is None else self._no_grad_logprobs(self.reference, batch, clock, "reference")
+        """For the KL in the loss; None without it."""
+        if self.reference is None or self.config.kl_in_reward:
+            return None
+        return self._no_grad_logprobs(self.reference, batch, clock, "reference")
 
     def compute_logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """Log-probs float32 (R,) of every sample's response under the present weights, on every rank."""
+        clock = _Clock(self.device)
+        return self._for_each_sample(samples, clock, lambda batch: self._no_grad_logprobs(self.engine, batch, clock, "forward"))
+
+    def reference_kl(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """Per-token KL float32 (R,) of the present weights to the reference, of every sample, on every rank; their advantages
+        play no part. Raises ValueError if there is no reference (kl_coef = 0).
+        """
+        if self.reference is None:
+            raise ValueError("learner.kl_coef = 0 loads no reference; use a positive value with learner.kl_in=reward")
+        clock, c = _Clock(self.device), self.config
+
+        def kl(batch: MicroBatch) -> Tensor:
+            logprobs = self._no_grad_logprobs(self.engine, batch, clock, "forward")
+            return kl_to_reference(logprobs, self._no_grad_logprobs(self.reference, batch, clock, "reference"), c.kl_estimator, c.kl_clamp)
+
+        return self._for_each_sample(samples, clock, kl)
+
+    def _for_each_sample(self, samples: Sequence[Sample], clock: _Clock, compute: Callable[[MicroBatch], Tensor]) -> list[np.ndarray]:
+        """Per-token values (M,) of micro-batches, computed by all ranks -> those of each sample, on every rank."""
         config = self.policy.model.config
         check_samples(samples, self.banned_token_ids, (config.image_token_id, config.video_token_id), self.patches.merge)
-        clock, part, own = _Clock(self.device), list(range(len(samples))), {}
+        part, own = list(range(len(samples))), {}
         for batch, active in self._micro_batches(samples, part, self._plan(samples, part), clock):
-            logprobs = self._no_grad_logprobs(self.engine, batch, clock, "forward").cpu()
+            values = compute(batch).cpu()
             if active:
-                own |= {i: piece.numpy() for i, piece in zip(batch.indices, logprobs.split(batch.lengths.tolist()))}
+                own |= {i: piece.numpy() for i, piece in zip(batch.indices, values.split(batch.lengths.tolist()))}
         shares: list[dict] = [{}] * self.world_size
         torch.distributed.all_gather_object(shares, own)
         everything = {i: piece for share in shares for i, piece in share.items()}
@@ -217,13 +234,15 @@ class LearnerWorker:
         torch.distributed.all_reduce(total)
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
         values = dict(zip(names, total.tolist()))
-        mean = {name: values[name] / values["tokens"] for name in MEANS}
+        mean = {name: values[name] / max(1.0, values["tokens"]) for name in MEANS}
         rename = {"clip_low": "clip_low_fraction", "clip_high": "clip_high_fraction", "dual_clip": "dual_clip_fraction", "tis_capped": "tis_capped_fraction"}
         metrics = {rename.get(name, name): value for name, value in mean.items()}
-        if self.reference is None:
+        if self.reference is None or self.config.kl_in_reward:
             del metrics["kl"]
         if not self.config.entropy:
             del metrics["entropy"]
+        if self.config.mask_overlong:
+            metrics["masked_samples"] = float(sum(s.truncated for s in samples))
         seconds = clock.total()
         return metrics | {
             "loss": values["loss"] / len(norms),

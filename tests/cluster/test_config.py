@@ -1,7 +1,9 @@
 """Configuration: what is read, what is refused and with which words, what the hardware decides, what is written down."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Optional
 
 import pytest
@@ -12,7 +14,9 @@ from cluster.config_check import Source, build, leaf_keys, nearest_key
 from cluster.config_file import read_settings
 from cluster.config_resolve import Hardware, resolve
 from cluster.errors import ConfigError
+from learner.config import LearnerConfig
 
+ROOT = Path(__file__).parents[2]
 LAPTOP = Hardware(cores=2, ram_gib=16)
 ONE_GPU = Hardware(cuda_devices=1, cuda_memory_gib=80, cuda_capability=9.0, cores=16, ram_gib=128)
 ROOMY = ["rollout.max_model_len=9000"]  # the packages' own defaults with room for the longest prompt
@@ -325,6 +329,7 @@ def test_what_the_machine_lacks_is_told_before_the_start():
         (["data.train=elsewhere/trian"], "data.train"),
         (["data.evaluation=elsewhere"], "data.evaluation"),
         (["learner.adam_eps=0"], "learner.adam_eps"),
+        (["learner.dual_clip=3.0", "learner.surrogate=cispo"], "learner.dual_clip"),
         (["reward.length.hard_from=1"], "reward.length.hard_from"),
     ],
 )
@@ -344,6 +349,16 @@ def test_video_rewards_need_an_answer_without_key_frames_and_weights_that_propag
         config.load("videoseg_r1_7b", ["reward.weights.temporal_consistency=1"])
     reward = config.load("debug", ["reward.accuracy_iou=video", "reward.weights.mask_iou=1"]).reward
     assert reward.needs_video_masks and reward.needs_predicted_masks
+
+
+def test_recipes_of_the_papers_are_valid(tmp_path):
+    text = (ROOT / "docs" / "grpo.md").read_text(encoding="utf-8")
+    recipes = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(recipes) == 9
+    for recipe in recipes:
+        (tmp_path / "recipe.yaml").write_text(recipe)
+        loaded = config.load(tmp_path / "recipe.yaml").learner
+        assert loaded != LearnerConfig() and loaded.tis_cap == 2.0
 
 
 def test_reinforce_needs_no_group():

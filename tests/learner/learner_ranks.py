@@ -18,9 +18,11 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tiny_learner import BANNED, random_samples  # noqa: E402
 
+from learner.advantages import step_advantages  # noqa: E402
 from learner.config import LearnerConfig  # noqa: E402
 
 # A large epsilon makes AdamW's first step close to plain gradient descent, so that weights show gradients.
@@ -67,6 +69,7 @@ class Scenarios:
             learner = self.one_step(f"zero{stage}", replace(PLAIN, zero_stage=stage))
         learner.export(str(self.folder / f"export_{self.world_size}"))
         self.resume(2)
+        self.all_but_the_defaults()
         if self.world_size == 1:
             self.one_step("whole", replace(PLAIN, zero_stage=1, tokens_per_microbatch=10_000), policy="policy")
             self.one_step("tied", replace(PLAIN, zero_stage=1, kl_coef=0.0), policy="tied")
@@ -104,10 +107,28 @@ class Scenarios:
     def at_rest(self):
         learner = self.learner(replace(TRAIN, lr=0.0, zero_stage=2))
         start, logprobs = self.digest(learner), learner.compute_logprobs(samples())
-        metrics = [learner.train_step(samples(seed)) for seed in range(4)]
+        metrics = [learner.train_step(samples(seed)) for seed in range(20)]
         after = learner.compute_logprobs(samples())
         self.results["at rest"] = {
             "weights": self.digest(learner) == start, "logprobs": all((a == b).all() for a, b in zip(logprobs, after)), "kl": [m["kl"] for m in metrics],
+        }
+
+    def all_but_the_defaults(self):
+        """Two steps with every other way to compute the loss; the KL of the second goes into its rewards, token by token."""
+        config = replace(
+            PLAIN, lr=2.0, zero_stage=2, advantage="reinforce++", kl_in="reward", kl_estimator="k1", kl_clamp=None, ratio_level="sequence", tis_level="sequence",
+            loss_aggregation="sequence", mask_overlong=True, entropy_coef=0.05, dual_clip=3.0, minibatches=2,
+        )
+        learner, first = self.learner(config), [replace(s, truncated=i % 4 == 0) for i, s in enumerate(samples())]
+        start = learner.compute_logprobs(first)
+        metrics = [learner.train_step(first)]
+        kls, now = learner.reference_kl(first), learner.compute_logprobs(first)
+        advantages = step_advantages(config, np.array([[0.0, 1.0, 2.0], [1.0, 1.0, 1.0], [3.0, 0.5, 0.0]]), kls)
+        metrics.append(learner.train_step([replace(s, advantage=a) for s, a in zip(first, sum(advantages, []))]))
+        self.results["all but the defaults"] = {
+            "kl error": max(float(abs(kl - (b - a)).max()) for kl, a, b in zip(kls, start, now)), "kl": float(np.concatenate(kls).mean()),
+            "numbers": [m[k] for m in metrics for k in ("loss", "grad_norm", "entropy", "ratio", "tis_weight", "mismatch_kl")],
+            "masked": metrics[0]["masked_samples"], "kl in the loss": "kl" in metrics[0],
         }
 
     def frozen_vision(self):

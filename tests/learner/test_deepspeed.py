@@ -94,7 +94,14 @@ def test_resume_is_bit_equal(results, rank, stage):
 
 
 def test_nothing_moves_at_learning_rate_zero(results):
-    assert results["1_0"]["at rest"] == {"weights": True, "logprobs": True, "kl": [0.0] * 4}
+    assert results["1_0"]["at rest"] == {"weights": True, "logprobs": True, "kl": [0.0] * 20}
+
+
+def test_all_but_the_defaults_on_one_and_two_ranks(results):
+    one, two = (results[name]["all but the defaults"] for name in ("1_0", "2_0"))
+    assert one["numbers"] == pytest.approx(two["numbers"], rel=1e-4, abs=1e-6) and one["kl"] == pytest.approx(two["kl"], rel=1e-3)
+    assert one["kl error"] < 1e-5 and abs(one["kl"]) > 1e-3, "k1 is how far log-probs have moved from the reference, where training began"
+    assert one["masked"] == 3 and not one["kl in the loss"]
 
 
 def test_frozen_vision_stays(results):

@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_learner import BANNED, IMAGE, VIDEO, plain_logprobs, random_samples, tiny_model, tiny_qwen3_model
+from tiny_learner import BANNED, IMAGE, VIDEO, plain_logprobs, plain_logprobs_and_entropy, random_samples, tiny_model, tiny_qwen3_model
 
 from learner import shared_prompt
 from learner.batch import SampleError, check_fingerprints, check_samples, collate, prompt_fingerprint
-from learner.grpo import policy_loss, sequence_weights
+from learner.config import LearnerConfig
 from learner.logprobs import chunked_logprobs
+from learner.loss import micro_batch_loss, step_totals
 from learner.patchify import PatchSpec, image_grid, patchify
 from learner.policy import PolicyModel
 from learner.schedule import SampleSize, schedule
@@ -65,37 +66,96 @@ def test_shared_prompts_equal_separate_rows(options):
     assert len(errors) > 40 and max(errors.values()) < 1e-5, max(errors.items(), key=lambda e: e[1])
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
-@pytest.mark.parametrize("budget", [10_000, 60])
-def test_loss_and_gradient_do_not_depend_on_the_split(aggregation, budget):
-    policy, plain = policies()
-    samples = random_samples(groups=3, completions=4, seed=5)
-    tokens = sum(len(s.response_ids) for s in samples)
+VARIANTS = {
+    "defaults": {},
+    "grpo": {"loss_aggregation": "sequence", "tis_cap": None, "kl_coef": 0.04, "kl_clamp": None},
+    "dr_grpo": {"loss_aggregation": "constant", "constant_length": 30, "kl_coef": 0.0},
+    "dapo": {"clip_high": 0.28, "kl_coef": 0.0, "mask_overlong": True},
+    "gspo": {"ratio_level": "sequence", "loss_aggregation": "sequence", "clip_low": 0.03, "clip_high": 0.04, "tis_level": "sequence", "mask_overlong": True},
+    "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 0.1},
+    "cispo of sequences": {"surrogate": "cispo", "ratio_level": "sequence", "clip_low": 0.02, "clip_high": 0.02, "loss_aggregation": "constant"},
+    "dual clip, k2": {"dual_clip": 1.05, "kl_estimator": "k2", "kl_coef": 0.3},
+    "entropy, k1": {"entropy_coef": 0.05, "kl_estimator": "k1", "kl_coef": 0.3, "loss_aggregation": "sequence"},
+}
+
+
+def plain_loss(config, samples, logprobs, entropies, old, ref):
+    """One step's loss on one rank with padded rows (B, T), written down from the papers without our functions."""
+    pad = lambda rows: torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     lengths = torch.tensor([len(s.response_ids) for s in samples])
-    weights = sequence_weights(lengths, aggregation, tokens, len(samples), 30)
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).float()
+    advantage = torch.tensor([s.advantage for s in samples], dtype=torch.float32)[:, None]
+    lp, h, o, r = pad(logprobs), pad(entropies), pad(old), pad(ref)
+    rollout = pad(torch.from_numpy(s.rollout_logprobs) for s in samples)
+    ratio = torch.exp(lp - o)
+    if config.ratio_level == "sequence":
+        ratio = torch.exp(((lp - o) * mask).sum(1, keepdim=True) / lengths[:, None]) * torch.ones_like(lp)
+    clipped = torch.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+    objective = torch.min(ratio * advantage, clipped * advantage)
+    if config.dual_clip is not None:
+        objective = torch.where(advantage < 0, torch.max(objective, config.dual_clip * advantage), objective)
+    if config.surrogate == "cispo":
+        objective = clipped.detach() * advantage * lp
+    if config.tis_cap is not None:
+        difference = (o - rollout) * mask
+        difference = difference.sum(1, keepdim=True) if config.tis_level == "sequence" else difference
+        objective = objective * difference.exp().clip(max=config.tis_cap)
+    d = r - lp
+    kl = {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - 1 - d}[config.kl_estimator]
+    loss = -objective + config.kl_coef * kl - config.entropy_coef * h
+    if config.mask_overlong:
+        mask = mask * torch.tensor([[not s.truncated] for s in samples])
+    if config.loss_aggregation == "token":
+        return (loss * mask).sum() / mask.sum()
+    sums = (loss * mask).sum(1) / (lengths if config.loss_aggregation == "sequence" else config.constant_length)
+    return sums.sum() / (mask.sum(1) > 0).sum()
 
-    losses = []
-    for s, w in zip(samples, weights):
-        logprobs = plain_logprobs(plain, s, 0.7)
-        ratio = torch.exp(logprobs.detach() - torch.from_numpy(s.rollout_logprobs)).clamp(max=2.0)
-        losses.append((-s.advantage * ratio * torch.exp(logprobs - logprobs.detach())).sum() * w)
-    expected = torch.stack(losses).sum()
-    expected.backward()
 
+@pytest.fixture(scope="module")
+def plain():
+    """(samples, old and reference log-probs, the plain model's log-probs and entropies with their graph, its parameters by name)."""
+    torch.manual_seed(2)
+    samples = [replace(s, truncated=i % 5 == 0) for i, s in enumerate(random_samples(groups=3, completions=4, seed=5))]
+    model = policies()[1]
+    both = [plain_logprobs_and_entropy(model, s, 0.7) for s in samples]
+    logprobs, entropies = zip(*both)
+    noisy = lambda scale: [lp.detach() + scale * torch.randn_like(lp) for lp in logprobs]
+    samples = [replace(s, rollout_logprobs=x.numpy()) for s, x in zip(samples, noisy(0.4))]
+    return samples, noisy(0.2), noisy(0.5), logprobs, entropies, model
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("budget", [10_000, 60])
+def test_loss_and_gradient_do_not_depend_on_the_split(plain, name, budget):
+    """Packed micro-batches of two ranks against padded rows on one: loss to 1e-6, gradients to 1e-5 of each parameter's norm."""
+    config = LearnerConfig(**VARIANTS[name])
+    samples, old, ref, logprobs, entropies, model = plain
+    expected = plain_loss(config, samples, logprobs, entropies, old, ref)
+    model.zero_grad()
+    expected.backward(retain_graph=True)
+
+    policy, _ = policies()
     sizes = [SampleSize(s.group, len(s.prompt_ids), len(s.response_ids)) for s in samples]
-    micro_batches = [indices for share in schedule(sizes, 2, budget) for indices in share if indices]
-    assert len(micro_batches) > (2 if budget < 1000 else 1)
-    found = 0.0
+    micro_batches = [indices for share in schedule(sizes, 2, budget) for indices in share] + [[]]
+    assert len(micro_batches) > (4 if budget < 1000 else 2)
+    found, totals = 0.0, step_totals(config, samples)
     for indices in micro_batches:
-        batch = collate(samples, indices, SPEC, policy.rope_index)
-        logprobs, _ = policy(batch)
-        w = sequence_weights(batch.lengths, aggregation, tokens, len(samples), 30).float()[batch.sequence]
-        loss, _ = policy_loss(logprobs, logprobs.detach(), batch.advantages[batch.sequence], w, rollout_logprobs=batch.rollout_logprobs)
+        batch = collate(samples, indices or [0], SPEC, policy.rope_index)  # an empty one keeps a rank in step and must add nothing
+        of = lambda rows: torch.cat([rows[i] for i in batch.indices])
+        now, entropy = policy(batch, train_entropy=config.entropy_coef > 0)
+        loss, terms = micro_batch_loss(config, batch, totals, now, of(old), of(ref), entropy, active=bool(indices))
         loss.backward()
         found += float(loss.detach())
-    assert found == pytest.approx(float(expected.detach()), rel=1e-5, abs=1e-6)
-    errors = relative_errors(policy, plain)
+    assert found == pytest.approx(float(expected.detach()), rel=0, abs=1e-6)
+    errors = relative_errors(policy, model)
     assert max(errors.values()) < 1e-5, max(errors.items(), key=lambda e: e[1])
+
+
+def test_an_advantage_is_a_number_or_one_a_token():
+    samples = random_samples(groups=1, completions=3, response=(2, 5))
+    each = [np.linspace(0, 1, len(s.response_ids)) for s in samples]
+    batch = collate([replace(s, advantage=a if i else 2.0) for i, (s, a) in enumerate(zip(samples, each))], [2, 0, 1], SPEC, policies()[0].rope_index)
+    np.testing.assert_allclose(batch.advantages, np.concatenate([each[2], np.full(len(each[0]), 2.0), each[1]]), rtol=1e-6)
 
 
 def test_text_only_prompts_keep_the_vision_tower_in_the_graph():
@@ -151,6 +211,7 @@ def test_samples_are_checked():
     first = samples[0]
     for message, change in {
         "finite": dict(advantage=float("nan")),
+        "one, or one a token": dict(advantage=np.zeros(len(first.response_ids) + 1)),
         "rollout log-probs": dict(rollout_logprobs=first.rollout_logprobs[:-1]),
         "banned token id 290": dict(response_ids=np.full_like(first.response_ids, IMAGE)),
         "visual tokens": dict(images=first.images[:-1]),

@@ -85,8 +85,13 @@ def random_samples(groups=3, completions=4, seed=0, images=2, image_hw=(56, 84),
     return samples
 
 
-def plain_logprobs(model, sample: Sample, temperature: float, banned=BANNED, pixels=None):
-    """Log-probs of one sample the plain way: one row, full logits, transformers' own forward pass. Differentiable."""
+def plain_logprobs(model, sample: Sample, temperature: float, banned=BANNED):
+    """Log-probs of one sample's response."""
+    return plain_logprobs_and_entropy(model, sample, temperature, banned)[0]
+
+
+def plain_logprobs_and_entropy(model, sample: Sample, temperature: float, banned=BANNED):
+    """Both the plain way: one row, full logits, transformers' own forward pass. Differentiable."""
     ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64))[None]
     from transformers import Qwen2VLImageProcessor
 
@@ -97,4 +102,6 @@ def plain_logprobs(model, sample: Sample, temperature: float, banned=BANNED, pix
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == IMAGE).int(), use_cache=False, **media).logits[0]
     logits = logits[len(sample.prompt_ids) - 1 : -1] / temperature
     logits[:, list(banned)] = float("-inf")
-    return torch.log_softmax(logits, -1).gather(1, ids[0, len(sample.prompt_ids) :, None])[:, 0]
+    log_p = torch.log_softmax(logits, -1)
+    entropy = torch.distributions.Categorical(logits=logits.masked_fill(logits.isinf(), -1e9)).entropy()
+    return log_p.gather(1, ids[0, len(sample.prompt_ids) :, None])[:, 0], entropy
