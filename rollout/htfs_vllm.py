@@ -80,12 +80,9 @@ def look_prompt(chat: ImageChat, look: Look, images: Sequence[np.ndarray]) -> Lo
 
 
 def read_images(look: Look, max_pixels: int, step: int) -> list[np.ndarray]:
-    """The look's frames, and no others, each reduced as soon as it is read: uint8 (H, W, 3)."""
-    images = []
-    for t in look.frame_ids:
-        frame_HW3 = load_frames(look.video, [t])[t]
-        images.append(resize(frame_HW3, size_within(frame_HW3.shape[:2], max_pixels, step)))
-    return images
+    """The look's frames, and no others are read, reduced: uint8 (H, W, 3)."""
+    frames = load_frames(look.video, look.frame_ids)
+    return [resize(frames[t], size_within(frames[t].shape[:2], max_pixels, step)) for t in look.frame_ids]
 
 
 def size_within(size_hw: tuple[int, int], max_pixels: int, step: int) -> tuple[int, int]:
