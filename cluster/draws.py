@@ -48,6 +48,7 @@ class Draws:
         self.samples = None
         if frame_samples is not None:
             self.samples = FrameSamples(frame_samples)
+            self.samples.check(self.episodes)
             self.fingerprint += f"+{self.samples.fingerprint}"
 
     @classmethod

@@ -177,15 +177,22 @@ class FrameSamples:
             self.fingerprint = hashlib.file_digest(handle, "sha256").hexdigest()[:16]
         self.most_shown = max((len(row.sample.shown) for row in self._rows.values()), default=0)
 
+    def check(self, episodes: Iterable[Episode]) -> None:
+        """Raises `DataError` if one of them has no sample, or one that was made for another query. Videos are not looked at."""
+        for episode in episodes:
+            row = self._rows.get(episode.episode_id)
+            if row is None:
+                raise self._error(episode, "has no sample")
+            if row.query != episode.query:
+                raise self._error(episode, f"asks {episode.query!r}, its sample was made for {row.query!r}")
+
     def of(self, episode: Episode) -> FrameSample:
-        """Raises `DataError` if there is none, or it was made for another query or video."""
-        row = self._rows.get(episode.episode_id)
-        if row is None:
-            fault = "has no sample"
-        elif row.query != episode.query:
-            fault = f"asks {episode.query!r}, its sample was made for {row.query!r}"
-        elif row.video_fingerprint != video_fingerprint(episode.video_path):
-            fault = f"is about {episode.video_path}, which is not the video that its sample was made for"
-        else:
-            return row.sample
-        raise DataError(f"{self.file}: episode {episode.episode_id} {fault}; run `videoseg sample-frames` on this data set again")
+        """Raises `DataError` as `check` does, and if it was made for another video."""
+        self.check([episode])
+        row = self._rows[episode.episode_id]
+        if row.video_fingerprint != video_fingerprint(episode.video_path):
+            raise self._error(episode, f"is about {episode.video_path}, which is not the video that its sample was made for")
+        return row.sample
+
+    def _error(self, episode: Episode, fault: str) -> DataError:
+        return DataError(f"{self.file}: episode {episode.episode_id} {fault}; run `videoseg sample-frames` on this data set again")

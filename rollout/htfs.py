@@ -29,13 +29,13 @@ _UNIT_WORDS = {"seconds": "seconds", "percent": "percent of these frames' time",
 class HTFSConfig:
     """Settings of HTFS. The paper's values are not public; these are ours."""
 
-    intervals: int = field(default=5, metadata={"help": "K: replies whose intervals are averaged, in every look for the key segment", "min": 1, "max": 256})
+    intervals: int = field(default=5, metadata={"help": "K: replies to each look for the key segment, averaged", "min": 1, "max": 256})
     positions: int = field(default=5, metadata={"help": "M: replies whose positions of the target frame are averaged", "min": 1, "max": 256})
-    delta: float = field(default=0.3, metadata={"help": "the key segment is compressed while it is longer than this share of the video", "above": 0.0, "below": 1.0})
+    delta: float = field(default=0.3, metadata={"help": "the key segment is compressed while longer than this share of the video", "above": 0.0, "below": 1.0})
     rounds: int = field(default=3, metadata={"help": "most compressions after the first look", "min": 0, "max": 64})
     look_frames: int = field(default=32, metadata={"help": "frames shown in one look, spread evenly (sampling density)", "min": 1, "max": 1024})
     max_pixels: int = field(default=100352, metadata={"help": "most pixels of a frame as shown; 28x28 are one visual token", "min": 784})
-    temperature: float = field(default=0.7, metadata={"help": "sampling temperature of the replies; 0: all K or M are the same", "min": 0.0, "max": 2.0})
+    temperature: float = field(default=0.7, metadata={"help": "sampling temperature; 0: all K or M replies are the same", "min": 0.0, "max": 2.0})
     max_response_tokens: int = field(default=128, metadata={"help": "longest reply in tokens", "min": 1})
     unit: str = field(default="seconds", metadata={"help": "how frames are labelled and intervals asked for", "choices": UNITS})
     interval_question: str = field(

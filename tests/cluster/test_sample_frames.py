@@ -155,9 +155,8 @@ def test_samples_that_cannot_be_used_are_refused(toy_data, tmp_path):
     with pytest.raises(DataError, match=f"its sampled target frame {t} is not annotated"):
         train.train(0)
     write_samples([r for r in rows if r.episode_id != episode.episode_id], file)
-    train, _ = draws_of(toy_data, f"data.train_frames={file}", "rollout.max_images=7")
     with pytest.raises(EpisodesError, match=f"episode {episode.episode_id} has no sample; run `videoseg sample-frames`"):
-        train.train(0)
+        draws_of(toy_data, f"data.train_frames={file}", "rollout.max_images=7")
 
 
 # ---- with vLLM ----

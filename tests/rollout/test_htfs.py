@@ -206,6 +206,12 @@ def test_a_share_is_floored_exactly():
     assert sample.target_frame == 29 and sample.fallbacks == {"not_shrunk": 2, "rounds_used_up": 1}
 
 
+def test_a_segment_of_exactly_delta_is_short_enough():
+    """Three of ten frames: in floating point 0.3 is a little less than three tenths, and the segment would be compressed."""
+    sample, script = sample_one(episode(10, 1.0), HTFSConfig(intervals=1, positions=1, delta=0.3), [['{"start": 4, "end": 6}'], ["0%"]])
+    assert (sample.segment, sample.target_frame, sample.fallbacks, len(script.calls)) == ((4, 7), 4, {}, 2)
+
+
 @pytest.mark.parametrize(
     "unit, reply, segment, labels",
     [
