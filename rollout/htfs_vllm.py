@@ -32,7 +32,7 @@ class LookPrompt:
 
 
 class FrozenModel:
-    """Answers looks (`rollout.htfs.Ask`). vLLM starts with the first one; frames are read one by one, only those that a look shows."""
+    """Answers looks (`rollout.htfs.Ask`). vLLM starts with the first one. Only the frames that a look shows are read."""
 
     def __init__(self, folder: str, config: HTFSConfig, engine: RolloutConfig | None = None, *, dtype: str = "auto", device: str = "auto") -> None:
         engine = engine or RolloutConfig()
