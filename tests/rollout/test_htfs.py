@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout.episodes import DataError, Episode
-from rollout.htfs import HTFS, HTFSConfig
+from rollout.htfs import HTFS, HTFSConfig, key_segment
 from rollout.htfs_answers import read_intervals, read_percents
 from rollout.htfs_vllm import read_images, size_within
 
@@ -223,6 +223,22 @@ def test_a_segment_of_exactly_delta_is_short_enough():
 def test_units(unit, reply, segment, labels):
     sample, script = sample_one(episode(40, 8.0), HTFSConfig(intervals=1, positions=1, look_frames=2, unit=unit, delta=0.9), [[reply], ["50%"]])
     assert sample.segment == segment and script.calls[0][0].labels == labels
+
+
+@pytest.mark.parametrize(
+    "reply, segment, fallbacks",
+    [
+        ("9.5 to 9.6", (10, 11), {}),
+        ("9 to 9.4", (10, 20), {"interval_outside": 1, "no_interval": 1}),
+        ("9.4 to 11", (10, 12), {"interval_clipped": 1}),
+        ("20.4 to 20.5", (19, 20), {}),
+        ("20.6 to 21", (10, 20), {"interval_outside": 1, "no_interval": 1}),
+        ("18 to 20.6", (18, 20), {"interval_clipped": 1}),
+    ],
+)
+def test_half_a_frame_beyond_is_not_beyond(reply, segment, fallbacks):
+    count = Counter()
+    assert key_segment([reply], (10, 20), 1.0, "frames", count) == segment and count == fallbacks
 
 
 def test_episodes_go_on_together_and_do_not_touch_each_other():
