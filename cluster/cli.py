@@ -170,6 +170,20 @@ def difficulty(options: argparse.Namespace) -> None:
     print(f"rated episodes written to {options.out}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
 
 
+def sample_frames(options: argparse.Namespace) -> None:
+    """Choose the frames that prompts show, and the target frames, by a frozen vision-language model; writes them to a Parquet file."""
+    from cluster import config_dump
+    from cluster.sample_frames import load_settings, sample_data
+
+    file, overrides = _file_and_overrides(options)
+    overrides += [f"{name}={value}" for name in ("sampler", "model") if (value := getattr(options, name)) is not None]
+    settings = load_settings(file, overrides)
+    if options.show:
+        print(config_dump.dump_yaml(settings), end="")
+    else:
+        print(f"{options.out}: {sample_data(Path(options.data), Path(options.out), settings)}")
+
+
 def bench(options: argparse.Namespace) -> None:
     """Measure a part side by side with what it is compared with; prints JSON."""
     import subprocess
@@ -268,6 +282,19 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(kinds, "toy", toy_data, "videoseg data toy data/toy", "Writes Parquet episodes and JPEG frames for train, validation and test.")
     command.add_argument("out", metavar="OUT", help="folder to make")
     command.add_argument("--seed", type=int, default=0, help="seed of the world (default 0)")
+
+    rule = (
+        "Training and evaluation take the file as data.train_frames and data.evaluation_frames. Run it again after an interruption or a\n"
+        "change: an episode is sampled anew only if something that its sample depends on has changed."
+    )
+    example = "videoseg sample-frames data/valid frames/valid.parquet --model Qwen/Qwen2.5-VL-7B-Instruct htfs.intervals=8"
+    command = _add(commands, "sample-frames", sample_frames, example, rule)
+    command.add_argument("data", metavar="DATA", help="episodes: a folder with Parquet shards, or one file")
+    command.add_argument("out", metavar="OUT", help="file to write")
+    command.add_argument("settings", metavar="[CONFIG] key=value", nargs="*", help="YAML file of settings, and changes to it")
+    command.add_argument("--sampler", metavar="NAME", help="htfs (default), or for comparison uniform, middle, first, random, oracle")
+    command.add_argument("--model", help="model that htfs asks: a Hugging Face folder or a hub id")
+    command.add_argument("--show", action="store_true", help="print the settings with their meaning, and end")
 
     more = (
         "KIND is revos, mevis, ref_youtube_vos, ref_davis17, reasonvos, reasonseg, refcoco, refcoco+, refcocog or visionreasoner (the\n"

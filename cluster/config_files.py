@@ -46,7 +46,13 @@ def locate(config: RunConfig) -> RunConfig:
                 propagation, checkpoint=found.get("segmentation.propagation.checkpoint"), model_config=_file_or_name(propagation.model_config)
             ),
         ),
-        data=replace(config.data, train=found["data.train"], evaluation=found["data.evaluation"]),
+        data=replace(
+            config.data,
+            train=found["data.train"],
+            evaluation=found["data.evaluation"],
+            train_frames=found.get("data.train_frames"),
+            evaluation_frames=found.get("data.evaluation_frames"),
+        ),
     )
 
 
@@ -84,6 +90,7 @@ def _look(config: RunConfig) -> tuple[dict[str, str], list[MissingFileError]]:
     propagation = config.segmentation.propagation
     if propagation.checkpoint is not None:
         wanted.append(("segmentation.propagation.checkpoint", propagation.checkpoint, propagation.method == "sam2"))
+    wanted += [(f"data.{name}", given, False) for name in ("train_frames", "evaluation_frames") if (given := getattr(config.data, name)) is not None]
     found, problems = {}, []
     for key, given, allow_hub in wanted:
         try:

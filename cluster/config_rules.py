@@ -37,6 +37,8 @@ _MAY_CHANGE = (
     "segmentation.replicas",
     "data.train",
     "data.evaluation",
+    "data.train_frames",
+    "data.evaluation_frames",
     "run.dir",
     "eval.",
     "cluster.",

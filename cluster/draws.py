@@ -12,6 +12,7 @@ import numpy as np
 
 from reward_service import FrameTarget, RewardConfig, Target
 from rollout.episodes import Episode, fingerprint, read_episodes
+from rollout.frame_samples import FrameSamples, nearest
 from rollout.frames import check_frames, load_frames
 from rollout.order import episode_at, target_frame_at, uniform_frames
 from rollout.prompts import Prompt, PromptBuilder
@@ -37,18 +38,29 @@ class Draw:
 class Draws:
     """The draws of one data set. `train` draws at random positions of an endless stream; `held_out` is a fixed list."""
 
-    def __init__(self, path: str, builder: PromptBuilder, data: DataConfig, seed: int) -> None:
+    def __init__(self, path: str, builder: PromptBuilder, data: DataConfig, seed: int, frame_samples: str | None = None) -> None:
+        """`frame_samples`: a file of `videoseg sample-frames` that says which frames are shown and which one is the target frame."""
         self.path, self.builder, self.data, self.seed = path, builder, data, seed
         self.episodes = [e for e in read_episodes(path) if e.target_frames(data.min_target_share)]
         self.fingerprint = fingerprint(path)
         if not self.episodes:
             raise DataError(f"{path}: no episode has a frame in which its target can be seen", "check data.min_target_share and the data set")
+        self.samples = None
+        if frame_samples is not None:
+            self.samples = FrameSamples(frame_samples)
+            self.samples.check(self.episodes)
+            self.fingerprint += f"+{self.samples.fingerprint}"
 
     @classmethod
     def of_run(cls, config: RunConfig) -> tuple[Draws, Draws]:
         """Training and held-out draws of a run. The held-out ones do not depend on the run's seed."""
         builder = PromptBuilder(config.policy.path, config.prompt)
-        both = cls(config.data.train, builder, config.data, config.run.seed), cls(config.data.evaluation, builder, config.data, seed=0)
+        data, room = config.data, config.rollout.max_images - 1
+        both = cls(data.train, builder, data, config.run.seed, data.train_frames), cls(data.evaluation, builder, data, 0, data.evaluation_frames)
+        for samples in (draws.samples for draws in both if draws.samples):
+            if samples.most_shown > room:
+                remedy = f"set rollout.max_images={samples.most_shown + 1}, or sample again with fewer key_frames and reference_frames"
+                raise DataError(f"{samples.file} shows up to {samples.most_shown} frames besides the target frame, rollout.max_images leaves {room}", remedy)
         for draws in both:
             draws.check_masks(config.reward)
         return both
@@ -84,8 +96,7 @@ class Draws:
         return [self._draw(int(i), self.episodes[i]) for i in chosen]
 
     def _draw(self, position: int, episode: Episode) -> Draw:
-        t = target_frame_at(position, episode.target_frames(self.data.min_target_share), self.seed)
-        shown = uniform_frames(episode.num_frames, self.builder.config.reference_frames)
+        shown, t = self._frames(position, episode)
         frames = load_frames(episode.video_path, [*shown, t])
         if (found := frames[t].shape[:2]) != (episode.height, episode.width):
             raise DataError(f"{episode.video_path}: frames are {found}, the episode says {(episode.height, episode.width)}", "import the data set again")
@@ -98,6 +109,18 @@ class Draws:
             video = FramesInMemory([frames[t]] * episode.num_frames)
         prompt = self.builder.build(episode.episode_id, query, frames, shown, t, episode.fps)
         return Draw(position, episode, prompt, frames[t], video, target_of(episode, t))
+
+    def _frames(self, position: int, episode: Episode) -> tuple[list[int], int]:
+        """The frames to show, and the target frame."""
+        visible = episode.target_frames(self.data.min_target_share)
+        if self.samples is None:
+            return uniform_frames(episode.num_frames, self.builder.config.reference_frames), target_frame_at(position, visible, self.seed)
+        sample = self.samples.of(episode)
+        t = nearest(sample.target_frame, visible) if self.data.snap_target_frame else sample.target_frame
+        if t not in episode.annotated_frames:
+            remedy = "set data.snap_target_frame=true to take the nearest frame that can be scored"
+            raise DataError(f"episode {episode.episode_id}: its sampled target frame {t} is not annotated", remedy)
+        return sample.shown, t
 
     def _foreign_query(self, position: int, episode: Episode) -> str:
         rng = np.random.default_rng([self.seed, position, 2])

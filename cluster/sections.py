@@ -43,6 +43,18 @@ class DataConfig:
     min_target_share: float = field(
         default=0.001, metadata={"help": "Target frames are those that the targets cover by at least this share.", "min": 0.0, "max": 1.0}
     )
+    train_frames: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "File of `videoseg sample-frames` for `train`: the frames shown and the target frame; null: reference frames evenly, the "
+            "target frame drawn from those in which the target can be seen."
+        },
+    )
+    evaluation_frames: Optional[str] = field(default=None, metadata={"help": "The same for `evaluation`."})
+    snap_target_frame: bool = field(
+        default=True,
+        metadata={"help": "Move a sampled target frame to the nearest annotated frame in which the target can be seen; false: it must be annotated."},
+    )
     check_seconds: float = field(
         default=5.0, metadata={"help": "Longest look through each data set's frame files before a run starts.", "min": 0.0}
     )

@@ -18,6 +18,7 @@ from PIL import Image
 from rollout.banned_tokens import MEDIA_TOKENS
 
 IMAGE_PAD = "<|image_pad|>"
+IMAGE = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
 UNITS = {"qwen2_5_vl": "pixels", "qwen3_vl": "relative_1000"}
 
 ANSWER_FORMAT = (
@@ -90,39 +91,59 @@ def resize(frame_HW3: np.ndarray, size_hw: Sequence[int]) -> np.ndarray:
     return np.asarray(Image.fromarray(frame_HW3).resize((size_hw[1], size_hw[0]), Image.Resampling.BICUBIC))
 
 
-class PromptBuilder:
-    """Builds prompts for one policy (tokenizer, chat template, patch geometry) under one `PromptConfig`."""
+class ImageChat:
+    """Chats with images for one model: its tokenizer, chat template and patch geometry."""
 
-    def __init__(self, policy_path: str, config: PromptConfig):
+    def __init__(self, model_path: str):
         from transformers import AutoConfig, AutoTokenizer
 
-        self.config = config
-        self.tokenizer = AutoTokenizer.from_pretrained(policy_path)
-        model = AutoConfig.from_pretrained(policy_path)
+        self.tokenizer = AutoTokenizer.from_pretrained(model_path)
+        model = AutoConfig.from_pretrained(model_path)
         if model.model_type not in UNITS:
-            raise PromptError(f"{policy_path} is a {model.model_type!r} model; supported families: {', '.join(UNITS)}")
+            raise PromptError(f"{model_path} is a {model.model_type!r} model; supported families: {', '.join(UNITS)}")
         self.units = UNITS[model.model_type]
         self.patch = model.vision_config.patch_size
         self.merge = model.vision_config.spatial_merge_size
-        for name in ("reference_size", "target_size"):
-            size, step = getattr(config, name), self.patch * self.merge
-            if len(size) != 2 or any(v <= 0 or v % step for v in size):
-                raise PromptError(f"prompt.{name} = {list(size)}: two positive multiples of {step} (height, width) are needed")
 
     @cached_property
     def image_pad_id(self) -> int:
         return self.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
 
+    def chat(self, system: str, user: str) -> str:
+        """The chat as text, generation prompt included; `user` holds an `IMAGE` for each image."""
+        messages = [{"role": "system", "content": system}] if system else []
+        return self.tokenizer.apply_chat_template([*messages, {"role": "user", "content": user}], tokenize=False, add_generation_prompt=True)
+
+    def encode(self, text: str, images: Sequence[np.ndarray]) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """Token ids with a pad per image, token ids with a pad per visual token (int32, P), and grid_thw of images that are at size."""
+        grid_thw = np.array([[1, h // self.patch, w // self.patch] for h, w, _ in (image.shape for image in images)], np.int64)
+        short_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return short_ids, expand_pads(short_ids, self.image_pad_id, grid_thw.prod(1) // self.merge**2), grid_thw
+
+
+def check_query(episode_id: str, query: str) -> None:
+    """Raises `PromptError` if a query holds a media token."""
+    if any(token in query for token in MEDIA_TOKENS):
+        raise PromptError(f"episode {episode_id}: the query {query!r} holds a media token")
+
+
+class PromptBuilder(ImageChat):
+    """Builds prompts for one policy (tokenizer, chat template, patch geometry) under one `PromptConfig`."""
+
+    def __init__(self, policy_path: str, config: PromptConfig):
+        super().__init__(policy_path)
+        self.config = config
+        for name in ("reference_size", "target_size"):
+            size, step = getattr(config, name), self.patch * self.merge
+            if len(size) != 2 or any(v <= 0 or v % step for v in size):
+                raise PromptError(f"prompt.{name} = {list(size)}: two positive multiples of {step} (height, width) are needed")
+
     def render(self, query: str, frame_ids: Sequence[int], target_frame: int, fps: float) -> str:
         """The chat as text, generation prompt included, one image pad per image."""
-        image = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
         label = lambda order, t: self.config.frame_label.format(index=t, seconds=t / fps, order=order)
-        frames = "".join(label(order, t) + image for order, t in enumerate(frame_ids, 1))
-        target = label(len(frame_ids) + 1, target_frame) + image
-        user = self.config.template.format(query=query, frames=frames, target=target)
-        system = [{"role": "system", "content": self.config.system}] if self.config.system else []
-        chat = [*system, {"role": "user", "content": user}]
-        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        frames = "".join(label(order, t) + IMAGE for order, t in enumerate(frame_ids, 1))
+        target = label(len(frame_ids) + 1, target_frame) + IMAGE
+        return self.chat(self.config.system, self.config.template.format(query=query, frames=frames, target=target))
 
     def build(
         self, episode_id: str, query: str, frames: Mapping[int, np.ndarray], frame_ids: Sequence[int], target_frame: int, fps: float = 1.0
@@ -132,14 +153,11 @@ class PromptBuilder:
         `frames` maps frame ids to uint8 (H, W, 3) pictures of the original size. Raises `PromptError` if the prompt is
         longer than `max_tokens`, or a query holds a media token.
         """
-        if any(token in query for token in MEDIA_TOKENS):
-            raise PromptError(f"episode {episode_id}: the query {query!r} holds a media token")
+        check_query(episode_id, query)
         text = self.render(query, frame_ids, target_frame, fps)
         images = [resize(frames[t], self.config.reference_size) for t in frame_ids]
         images.append(resize(frames[target_frame], self.config.target_size))
-        grid_thw = np.array([[1, h // self.patch, w // self.patch] for h, w, _ in (image.shape for image in images)], np.int64)
-        short_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        token_ids = expand_pads(short_ids, self.image_pad_id, grid_thw.prod(1) // self.merge**2)
+        short_ids, token_ids, grid_thw = self.encode(text, images)
         if len(token_ids) > self.config.max_tokens:
             raise PromptError(
                 f"episode {episode_id}: the prompt has {len(token_ids)} tokens, more than prompt.max_tokens = {self.config.max_tokens}; "

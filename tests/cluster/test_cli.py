@@ -44,7 +44,7 @@ def test_help_imports_nothing_heavy():
 
 @pytest.mark.parametrize(
     "command",
-    [["train"], ["resume"], ["config"], ["bench"], ["data"], ["data", "toy"], ["data", "difficulty"], ["data", "import"], ["data", "inspect"], ["serve"], ["serve", "segmentation"]],
+    [["train"], ["resume"], ["config"], ["bench"], ["sample-frames"], ["data"], ["data", "toy"], ["data", "difficulty"], ["data", "import"], ["data", "inspect"], ["serve"], ["serve", "segmentation"]],
 )
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as ended:
