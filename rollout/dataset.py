@@ -69,15 +69,16 @@ class EpisodeDataset:
         place = int(np.searchsorted(self._ends, i, side="right"))
         number, row = int(self._groups.listed[place]), int(i - self._ends[place] + self.group_rows[place])
         row = int(self._kept[number][row]) if number in self._kept else row
-        return self._groups.table(number, self.columns).slice(row, 1).to_pylist()[0] | {"root": self._root(number)}
+        table = self._groups.table(number, self.columns)
+        return {name: column[row].as_py() for name, column in zip(table.column_names, table.columns)} | {"root": self._root(number)}
 
     def rows(self) -> Iterator[dict]:
         """All rows in order, as `row` gives them, a row group at a time; nothing stays in memory."""
         for number, table in zip(self._groups.listed, self._groups.stream(self._groups.listed, self.columns)):
             root = self._root(number)
-            for row in (table.take(self._kept[number]) if number in self._kept else table).to_pylist():
-                row["root"] = root
-                yield row
+            for batch in (table.take(self._kept[number]) if number in self._kept else table).to_batches(max_chunksize=256):
+                for row in batch.to_pylist():
+                    yield row | {"root": root}
 
     @cached_property
     def fingerprint(self) -> str:
