@@ -8,6 +8,7 @@ from dataclasses import replace
 from cluster import paths
 from cluster.config import RunConfig
 from cluster.errors import MissingFileError
+from cluster.sections import WeightedData
 
 
 def make_missing_data(config: RunConfig, progress: Callable[[str], None] = print) -> None:
@@ -48,7 +49,7 @@ def locate(config: RunConfig) -> RunConfig:
         ),
         data=replace(
             config.data,
-            train=found["data.train"],
+            train=_located_train(config.data.train, found),
             evaluation=found["data.evaluation"],
             train_frames=found.get("data.train_frames"),
             evaluation_frames=found.get("data.evaluation_frames"),
@@ -70,6 +71,12 @@ def _raise(problems: list[MissingFileError]) -> None:
         raise MissingFileError(f"these are missing:{listed}", "; ".join(p.remedy for p in problems))
 
 
+def _located_train(train: str | list[WeightedData], found: dict[str, str]) -> str | list[WeightedData]:
+    if isinstance(train, str):
+        return found["data.train"]
+    return [replace(s, path=found[f"data.train[{i}].path"]) for i, s in enumerate(train)]
+
+
 def _will_generate(config: RunConfig) -> bool:
     return config.data.generate == "toy" and paths.local_path(config.data.train) is None
 
@@ -84,9 +91,10 @@ def _look(config: RunConfig) -> tuple[dict[str, str], list[MissingFileError]]:
     wanted = [
         ("policy.path", config.policy.path, True),
         ("segmentation.checkpoint", config.segmentation.checkpoint, True),
-        ("data.train", config.data.train, False),
-        ("data.evaluation", config.data.evaluation, False),
     ]
+    train = config.data.train
+    wanted += [("data.train", train, False)] if isinstance(train, str) else [(f"data.train[{i}].path", s.path, False) for i, s in enumerate(train)]
+    wanted.append(("data.evaluation", config.data.evaluation, False))
     propagation = config.segmentation.propagation
     if propagation.checkpoint is not None:
         wanted.append(("segmentation.propagation.checkpoint", propagation.checkpoint, propagation.method == "sam2"))

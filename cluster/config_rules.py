@@ -126,7 +126,10 @@ def combination_problems(config: RunConfig) -> list[Problem]:
         "is mask_iou, but no reward term needs masks, so training makes none",
         "use box_iou, or reward.accuracy_iou=mask or video, or a weight of mask_iou, video_quality or temporal_consistency above 0",
     )
-    if data.generate == "toy":
+    refuse(not data.train, "data.train", "names no data set", "for example data/toy/train")
+    several = not isinstance(data.train, str)
+    refuse(several and data.generate == "toy", "data.generate", "is toy, which makes one data set, but data.train is a list", "set data.generate=null")
+    if data.generate == "toy" and not several:
         train, made = PurePath(data.train), PurePath(data.train).parent / "valid_u"
         refuse(train.name != "train", "data.train", f"'{train}' with data.generate=toy must end in /train", "for example data/toy/train")
         refuse(

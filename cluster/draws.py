@@ -6,21 +6,26 @@ A draw is a pure function of (data set, settings, seed, position), so a resumed 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
 from reward_service import FrameTarget, RewardConfig, Target
-from rollout.episodes import Episode, fingerprint, read_episodes
+from rollout.dataset import EpisodeDataset
+from rollout.episodes import Episode
 from rollout.frame_samples import FrameSamples, nearest
 from rollout.frames import check_frames, load_frames
-from rollout.order import episode_at, target_frame_at, uniform_frames
+from rollout.mixture import Mixture
+from rollout.order import ShuffledOrder, target_frame_at, uniform_frames
 from rollout.prompts import Prompt, PromptBuilder
 from segmentation_service.video import FramesInMemory, ImageFolder, Video
 
 from cluster.config import RunConfig
 from cluster.errors import DataError
-from cluster.sections import DataConfig
+from cluster.sections import DataConfig, WeightedData
 
 
 @dataclass(frozen=True)
@@ -36,19 +41,22 @@ class Draw:
 
 
 class Draws:
-    """The draws of one data set. `train` draws at random positions of an endless stream; `held_out` is a fixed list."""
+    """The draws of a data set or a mixture. `train` draws at positions of an endless stream, in random order; `held_out` is a fixed list."""
 
-    def __init__(self, path: str, builder: PromptBuilder, data: DataConfig, seed: int, frame_samples: str | None = None) -> None:
+    def __init__(self, path: str | Sequence[WeightedData], builder: PromptBuilder, data: DataConfig, seed: int, frame_samples: str | None = None) -> None:
         """`frame_samples`: a file of `videoseg sample-frames` that says which frames are shown and which one is the target frame."""
-        self.path, self.builder, self.data, self.seed = path, builder, data, seed
-        self.episodes = [e for e in read_episodes(path) if e.target_frames(data.min_target_share)]
-        self.fingerprint = fingerprint(path)
-        if not self.episodes:
-            raise DataError(f"{path}: no episode has a frame in which its target can be seen", "check data.min_target_share and the data set")
+        sets = [WeightedData(path)] if isinstance(path, str) else path
+        self.paths, self.builder, self.data, self.seed = [s.path for s in sets], builder, data, seed
+        datasets = [EpisodeDataset(path, data.min_target_share) for path in self.paths]
+        for path, dataset in zip(self.paths, datasets):
+            if not len(dataset):
+                raise DataError(f"{path}: no episode has a frame in which its target can be seen", "check data.min_target_share and the data set")
+        self.episodes = Mixture(datasets, [s.weight for s in sets], seed)
+        self.fingerprint = self.episodes.fingerprint
         self.samples = None
         if frame_samples is not None:
             self.samples = FrameSamples(frame_samples)
-            self.samples.check(self.episodes)
+            self.samples.check(self.episodes.project("episode_id", "query").rows())
             self.fingerprint += f"+{self.samples.fingerprint}"
 
     @classmethod
@@ -66,11 +74,15 @@ class Draws:
         return both
 
     def check_masks(self, reward: RewardConfig) -> None:
-        """Raises DataError where the reward needs masks and an episode has none."""
-        without = sum(not e.has_masks for e in self.episodes)
-        if without and (reward.weights.negative_point or reward.needs_predicted_masks or reward.needs_video_masks):
+        """Raises DataError where the reward needs masks and one of up to 256 episodes, spread evenly, has none."""
+        if not (reward.weights.negative_point or reward.needs_predicted_masks or reward.needs_video_masks):
+            return
+        looked_at = self._spread(256)
+        without = sum(not self.episodes[i].has_masks for i in looked_at)
+        if without:
             remedy = "set reward.weights.negative_point=0 and use no term on masks, or train on other data"
-            raise DataError(f"{self.path}: {without} episodes have boxes and points but no masks, and the reward needs masks", remedy)
+            found = f"{without} of {len(looked_at)} episodes looked at have boxes and points but no masks, and the reward needs masks"
+            raise DataError(f"{', '.join(self.paths)}: {found}", remedy)
 
     def check_frames(self, seconds: float) -> None:
         """Looks at the frame files of as many videos as fit in `seconds`, evenly over the data set, and builds one prompt.
@@ -79,21 +91,26 @@ class Draws:
         """
         until = time.monotonic() + seconds
         self.train(0)
-        videos = list({e.video_path: None for e in self.episodes})
+        videos, seen = self.episodes.project("video"), set()
+        order = ShuffledOrder(np.concatenate([d.group_rows for d in videos.datasets]), seed=0)
         for i in range(len(videos)):
-            check_frames(videos[episode_at(i, len(videos), seed=0)])
+            row = videos.row(order[i])
+            if (video := Path(row["root"]) / row["video"]) not in seen:
+                check_frames(video)
+                seen.add(video)
             if time.monotonic() > until:
                 return
 
     def train(self, position: int) -> Draw:
-        """The draw at a position of the endless stream, a new permutation every epoch."""
-        episode = self.episodes[episode_at(position, len(self.episodes), self.seed)]
-        return self._draw(position, episode)
+        """The draw at a position of the endless stream, in which every epoch of a data set is a new permutation."""
+        return self._draw(position, self.episodes[self.episodes.at(position)])
 
     def held_out(self, count: int) -> list[Draw]:
         """`count` episodes spread evenly over the data set (all of it if it has fewer), always the same."""
-        chosen = np.linspace(0, len(self.episodes) - 1, min(count, len(self.episodes))).round().astype(int)
-        return [self._draw(int(i), self.episodes[i]) for i in chosen]
+        return [self._draw(i, self.episodes[i]) for i in self._spread(count)]
+
+    def _spread(self, count: int) -> list[int]:
+        return np.linspace(0, len(self.episodes) - 1, min(count, len(self.episodes))).round().astype(int).tolist()
 
     def _draw(self, position: int, episode: Episode) -> Draw:
         shown, t = self._frames(position, episode)
@@ -123,11 +140,21 @@ class Draws:
         return sample.shown, t
 
     def _foreign_query(self, position: int, episode: Episode) -> str:
-        rng = np.random.default_rng([self.seed, position, 2])
+        rng, queries = np.random.default_rng([self.seed, position, 2]), self._queries
         while True:
-            other = self.episodes[int(rng.integers(len(self.episodes)))]
-            if other.video_id != episode.video_id or len({e.video_id for e in self.episodes}) == 1:
-                return other.query
+            other = queries.row(int(rng.integers(len(queries))))
+            if other["video_id"] != episode.video_id or self._one_video:
+                return other["query"]
+
+    @cached_property
+    def _queries(self) -> Mixture:
+        return self.episodes.project("video_id", "query")
+
+    @cached_property
+    def _one_video(self) -> bool:
+        ids = (row["video_id"] for row in self._queries.rows())
+        first = next(ids)
+        return all(i == first for i in ids)
 
 
 def target_of(episode: Episode, t: int) -> Target:

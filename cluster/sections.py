@@ -31,10 +31,21 @@ class PolicyConfig:
 
 
 @dataclass
+class WeightedData:
+    """One of the data sets that training draws from."""
+
+    path: str = field(metadata={"help": "Episodes: a folder with Parquet shards, or one file."})
+    weight: float = field(default=1.0, metadata={"help": "Its share of the draws, relative to the other weights.", "above": 0.0, "max": 1e9})
+
+
+@dataclass
 class DataConfig:
     """Where the episodes are."""
 
-    train: str = field(default="data/train", metadata={"help": "Training episodes: a folder with Parquet shards, or one file."})
+    train: str | list[WeightedData] = field(
+        default="data/train",
+        metadata={"help": "Training episodes: a folder with Parquet shards, or one file; or several, as [{path: A, weight: 2}, {path: B, weight: 1}]."},
+    )
     evaluation: str = field(default="data/valid", metadata={"help": "Held-out episodes, of the same form."})
     generate: Optional[str] = field(
         default=None,

@@ -119,9 +119,10 @@ def scored(groups: list[ScoredGroup], max_failure_rate: float, step: int) -> lis
 
 
 def check_resumable(checkpoint: Checkpoint | None, draws: Draws) -> None:
-    """Raises `CheckpointError` if the data set is not the one that the checkpoint was trained on."""
-    if checkpoint is not None and checkpoint.manifest["data"] != draws.fingerprint:
+    """Raises `CheckpointError` if the data sets or their shares are not those that the checkpoint was trained on."""
+    if checkpoint is not None and (was := checkpoint.manifest["data"]) != (now := draws.fingerprint):
+        changed = [path for path, part in zip(draws.paths, now.split("+")) if part not in was.split("+")]
         raise CheckpointError(
-            f"{draws.path} is not the data set of {checkpoint.path} (fingerprint {draws.fingerprint}, was {checkpoint.manifest['data']})",
+            f"{', '.join(changed or draws.paths)}: not the episodes, or not in the shares, of {checkpoint.path} (fingerprint {now}, was {was})",
             "restore the data set, or start a new run",
         )

@@ -7,7 +7,6 @@ docs/data.md has the columns with their meaning. Version 1 lacked those of `_ADD
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -215,22 +214,14 @@ def read_episodes(path: str | Path) -> Iterator[Episode]:
             columns = _columns(parquet.schema_arrow, file)
             for group in range(parquet.num_row_groups):
                 for row in parquet.read_row_group(group, columns).to_pylist():
-                    yield _episode(row, root)
+                    yield episode_of_row(row, root)
 
 
-def _episode(row: dict, root: str) -> Episode:
+def episode_of_row(row: dict, root: str) -> Episode:
+    """The episode of a row as Arrow gives it (`to_pylist`); `root` is the folder that its media are relative to."""
     objects = tuple(
         TargetObject(o["object_id"], tuple(Annotation(**a | {"box": tuple(a["box"]), "point": tuple(a["point"])}) for a in o["annotations"]))
         for o in row["objects"]
     )
     ignore = tuple(IgnoreMask(**m) for m in row.get("ignore", ()))
     return Episode(**row | {"objects": objects, "ignore": ignore, "annotated_frames": tuple(row["annotated_frames"]), "root": root})
-
-
-def fingerprint(path: str | Path) -> str:
-    """Identifies a data set by the names and contents of its shards: 16 hex digits."""
-    digest = hashlib.sha256()
-    for file in shards(path):
-        with file.open("rb") as handle:
-            digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()[:16]

@@ -177,22 +177,22 @@ class FrameSamples:
             self.fingerprint = hashlib.file_digest(handle, "sha256").hexdigest()[:16]
         self.most_shown = max((len(row.sample.shown) for row in self._rows.values()), default=0)
 
-    def check(self, episodes: Iterable[Episode]) -> None:
-        """Raises `DataError` if one of them has no sample, or one that was made for another query. Videos are not looked at."""
-        for episode in episodes:
-            row = self._rows.get(episode.episode_id)
+    def check(self, rows: Iterable[Mapping]) -> None:
+        """Raises `DataError` if an episode (its `episode_id` and `query`) has no sample, or one that was made for another query."""
+        for about in rows:
+            row = self._rows.get(about["episode_id"])
             if row is None:
-                raise self._error(episode, "has no sample")
-            if row.query != episode.query:
-                raise self._error(episode, f"asks {episode.query!r}, its sample was made for {row.query!r}")
+                raise self._error(about["episode_id"], "has no sample")
+            if row.query != about["query"]:
+                raise self._error(about["episode_id"], f"asks {about['query']!r}, its sample was made for {row.query!r}")
 
     def of(self, episode: Episode) -> FrameSample:
         """Raises `DataError` as `check` does, and if it was made for another video."""
-        self.check([episode])
+        self.check([{"episode_id": episode.episode_id, "query": episode.query}])
         row = self._rows[episode.episode_id]
         if row.video_fingerprint != video_fingerprint(episode.video_path):
-            raise self._error(episode, f"is about {episode.video_path}, which is not the video that its sample was made for")
+            raise self._error(episode.episode_id, f"is about {episode.video_path}, which is not the video that its sample was made for")
         return row.sample
 
-    def _error(self, episode: Episode, fault: str) -> DataError:
-        return DataError(f"{self.file}: episode {episode.episode_id} {fault}; run `videoseg sample-frames` on this data set again")
+    def _error(self, episode_id: str, fault: str) -> DataError:
+        return DataError(f"{self.file}: episode {episode_id} {fault}; run `videoseg sample-frames` on this data set again")

@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
-
-@lru_cache(maxsize=2)
-def _epoch(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
+WINDOW_GROUPS = 64
+_GROUPS, _ROWS = 3, 4  # last numbers of the seeds, so that no two streams are the same (`target_frame_at` has 1, foreign queries 2)
 
 
-def episode_at(position: int, count: int, seed: int) -> int:
-    """Index of the episode at a position of the endless stream; every epoch is a new permutation of `range(count)`."""
-    return int(_epoch(count, seed, position // count)[position % count])
+class ShuffledOrder:
+    """The rows of a data set in random order, again and again: `order[p]` is the row at position p >= 0, in any order of asking.
+
+    Every epoch shuffles the row groups, cuts them into windows of `window_groups`, and shuffles the rows of each window. So it
+    is a permutation of all rows, while the rows of one window come from so few row groups that a reader can hold them. A data
+    set that fits into one window is shuffled as a whole. What is kept grows with the number of row groups, not of rows.
+
+    group_rows: rows of each row group, in the data set's order.
+    """
+
+    def __init__(self, group_rows: Sequence[int] | np.ndarray, seed: int, window_groups: int = WINDOW_GROUPS) -> None:
+        self.group_rows, self.seed, self.window_groups = np.asarray(group_rows, np.int64), seed, window_groups
+        self.count = int(self.group_rows.sum())
+        self._first = np.cumsum(self.group_rows) - self.group_rows
+        self._epoch = lru_cache(2)(self._shuffled_groups)
+        self._rows = lru_cache(2)(self._shuffled_rows)
+
+    def __getitem__(self, position: int) -> int:
+        epoch, place = divmod(position, self.count)
+        _, starts = self._epoch(epoch)
+        window = int(np.searchsorted(starts, place, side="right")) - 1
+        return int(self._rows(epoch, window)[place - starts[window]])
+
+    def _shuffled_groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The row groups in this epoch's order, and the place of each window's first row."""
+        groups = np.arange(len(self.group_rows))
+        if len(groups) > self.window_groups:
+            np.random.default_rng([self.seed, epoch, _GROUPS]).shuffle(groups)
+        rows = self.group_rows[groups]
+        return groups, (np.cumsum(rows) - rows)[:: self.window_groups]
+
+    def _shuffled_rows(self, epoch: int, window: int) -> np.ndarray:
+        groups, starts = self._epoch(epoch)
+        groups = groups[window * self.window_groups : (window + 1) * self.window_groups]
+        rows = np.concatenate([np.arange(self._first[g], self._first[g] + self.group_rows[g]) for g in groups])
+        seed = [self.seed, epoch] if len(starts) == 1 else [self.seed, epoch, window, _ROWS]
+        return rows[np.random.default_rng(seed).permutation(len(rows))]
 
 
 def target_frame_at(position: int, frames: list[int], seed: int) -> int:
