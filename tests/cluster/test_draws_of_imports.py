@@ -53,7 +53,7 @@ def right_answer(draw):
 def test_boxes_without_masks(draws_of, settings):
     draws = draws_of("visionreasoner", miniatures.visionreasoner, "train")
     draws.check_frames(seconds=60)
-    with pytest.raises(DataError, match="2 episodes have boxes and points but no masks, and the reward needs masks"):
+    with pytest.raises(DataError, match="2 of 2 episodes looked at have boxes and points but no masks, and the reward needs masks"):
         draws.check_masks(settings.reward)
     reward = replace(settings.reward, weights=replace(settings.reward.weights, negative_point=0.0))
     draws.check_masks(reward)
