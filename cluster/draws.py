@@ -1,30 +1,37 @@
 """Draws: the episode at each position of a run, with its frames decoded, its prompt built, and its truth as a target.
 
-A draw is a pure function of (data set, settings, seed, position), so a resumed run or a replay sees the same ones.
+A draw is a pure function of (data set, settings, seed, position), so a resumed run or a replay sees the same ones. An episode whose
+video is broken is replaced by one that follows from the same four, whatever came before and however long decoding took.
 """
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 
 from reward_service import FrameTarget, Target
+from rollout.decoding import CrashingVideo, Decoders, Frames, SlowVideo
 from rollout.episodes import Episode, fingerprint, read_episodes
-from rollout.frames import check_frames, load_frames
-from rollout.order import episode_at, target_frame_at, uniform_frames
+from rollout.order import episode_at, substitute_at, target_frame_at, uniform_frames
 from rollout.prompts import Prompt, PromptBuilder
-from segmentation_service.video import FramesInMemory, ImageFolder, Video
+from segmentation_service.video import FramesInMemory, Video, VideoError, VideoReference
 
 from cluster.config import RunConfig
 from cluster.errors import DataError
 from cluster.sections import DataConfig
 
+SUBSTITUTES = 20  # tried at one position before the data set counts as unreadable
+
 
 @dataclass(frozen=True)
 class Draw:
-    """One episode to answer. `frame` is the target frame at its original size: uint8 (H, W, 3); `video` all frames, unread."""
+    """One episode to answer. `frame` is the target frame at its original size: uint8 (H, W, 3); `video` all frames, unread;
+    `replaced` the episodes that were to come here and have broken videos."""
 
     position: int
     episode: Episode
@@ -32,13 +39,45 @@ class Draw:
     frame: np.ndarray
     video: Video
     target: Target
+    replaced: tuple[BrokenEpisode, ...] = ()
+
+
+@dataclass(frozen=True)
+class BrokenEpisode:
+    """An episode left out for its video; `kind` is unreadable, slow or crashed, `reason` says more."""
+
+    episode_id: str
+    kind: str
+    reason: str
+
+    @classmethod
+    def of(cls, episode: Episode, error: VideoError) -> BrokenEpisode:
+        kind = "slow" if isinstance(error, SlowVideo) else "crashed" if isinstance(error, CrashingVideo) else "unreadable"
+        return cls(episode.episode_id, kind, str(error))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A draw whose frames are being decoded: its target frame, and the frames that the prompt shows besides."""
+
+    position: int
+    episode: Episode
+    target_frame: int
+    shown: list[int]
+    frames: Future[Frames]
 
 
 class Draws:
-    """The draws of one data set. `train` draws at random positions of an endless stream; `held_out` is a fixed list."""
+    """The draws of one data set. `train` draws at random positions of an endless stream; `held_out` is a fixed list.
 
-    def __init__(self, path: str, builder: PromptBuilder, data: DataConfig, seed: int) -> None:
+    `slow` holds the videos that took too long, with the limit that they passed: they are not tried again within it. It is all that
+    a checkpoint must keep.
+    """
+
+    def __init__(self, path: str, builder: PromptBuilder, data: DataConfig, seed: int, decoders: Decoders | None = None) -> None:
         self.path, self.builder, self.data, self.seed = path, builder, data, seed
+        self.decoders = decoders or Decoders(data.decoders, data.decode_seconds, int(data.frame_cache_gb * 2**30))
+        self.slow: dict[str, float] = {}
         self.episodes = [e for e in read_episodes(path) if e.target_frames(data.min_target_share)]
         self.fingerprint = fingerprint(path)
         if not self.episodes:
@@ -46,47 +85,108 @@ class Draws:
 
     @classmethod
     def of_run(cls, config: RunConfig) -> tuple[Draws, Draws]:
-        """Training and held-out draws of a run. The held-out ones do not depend on the run's seed."""
+        """Training and held-out draws of a run, with one pool of decoders. The held-out ones do not depend on the run's seed."""
         builder = PromptBuilder(config.policy.path, config.prompt)
-        return cls(config.data.train, builder, config.data, config.run.seed), cls(config.data.evaluation, builder, config.data, seed=0)
+        train = cls(config.data.train, builder, config.data, config.run.seed)
+        return train, cls(config.data.evaluation, builder, config.data, seed=0, decoders=train.decoders)
 
-    def check_frames(self, seconds: float) -> None:
-        """Looks at the frame files of as many videos as fit in `seconds`, evenly over the data set, and builds one prompt.
+    def close(self) -> None:
+        """Ends the decoders, which other draws of the run share."""
+        self.decoders.close()
 
-        Raises the first VideoError or PromptError: before anything starts.
+    def check_videos(self, seconds: float) -> None:
+        """Looks through as many videos as fit in `seconds`, evenly over the data set, without decoding them, and builds one prompt.
+
+        Broken videos are named on standard error. Raises DataError where they are more than `data.max_broken_share`, PromptError
+        where no prompt can be built: before anything starts.
         """
-        until = time.monotonic() + seconds
-        self.train(0)
+        until, broken, looked = time.monotonic() + seconds, [], 0
         videos = list({e.video_path: None for e in self.episodes})
-        for i in range(len(videos)):
-            check_frames(videos[episode_at(i, len(videos), seed=0)])
-            if time.monotonic() > until:
-                return
+        while looked < len(videos) and (not looked or time.monotonic() < until):
+            some = range(looked, min(looked + 4 * self.data.decoders, len(videos)))
+            asked = [self.decoders.check(videos[episode_at(i, len(videos), seed=0)]) for i in some]
+            broken += [error for future in asked if (error := future.exception())]
+            looked += len(some)
+        for error in broken:
+            if not isinstance(error, VideoError):
+                raise error
+        if len(broken) > self.data.max_broken_share * looked:
+            raise DataError(
+                f"{self.path}: {len(broken)} of {looked} videos cannot be read, the first: {broken[0]}",
+                "restore them, or raise data.max_broken_share to train without them; check the data set's root if it is all of them",
+            )
+        for error in broken:
+            print(f"warning: {error}; episodes that need it are left out", file=sys.stderr)
+        self.train(0)
 
     def train(self, position: int) -> Draw:
         """The draw at a position of the endless stream, a new permutation every epoch."""
-        episode = self.episodes[episode_at(position, len(self.episodes), self.seed)]
-        return self._draw(position, episode)
+        return self.batch(position, 1)[0]
 
-    def held_out(self, count: int) -> list[Draw]:
-        """`count` episodes spread evenly over the data set (all of it if it has fewer), always the same."""
+    def batch(self, start: int, count: int) -> list[Draw]:
+        """The draws at `count` positions from `start`; their frames are decoded side by side.
+
+        An episode with a broken video is replaced by a random one. Raises DataError where substitutes are broken again and again.
+        """
+        asked = [self._ask(p, self.episodes[episode_at(p, len(self.episodes), self.seed)]) for p in range(start, start + count)]
+        return [self._with_substitutes(first) for first in asked]
+
+    def held_out(self, count: int) -> tuple[list[Draw], list[BrokenEpisode]]:
+        """`count` episodes spread evenly over the data set (all of it if it has fewer), always the same; those with broken videos apart."""
         chosen = np.linspace(0, len(self.episodes) - 1, min(count, len(self.episodes))).round().astype(int)
-        return [self._draw(int(i), self.episodes[i]) for i in chosen]
+        draws, broken = [], []
+        for asked in [self._ask(int(i), self.episodes[i]) for i in chosen]:
+            try:
+                draws.append(self._draw(asked))
+            except VideoError as error:
+                broken.append(BrokenEpisode.of(asked.episode, error))
+        return draws, broken
 
-    def _draw(self, position: int, episode: Episode) -> Draw:
+    def _with_substitutes(self, first: _Asked) -> Draw:
+        replaced: list[BrokenEpisode] = []
+        for asked in self._attempts(first):
+            try:
+                return self._draw(asked, tuple(replaced))
+            except VideoError as error:
+                replaced.append(BrokenEpisode.of(asked.episode, error))
+        raise DataError(f"{self.path}: {len(replaced)} videos one after another cannot be read, last: {replaced[-1].reason}", "check that the data set is still there")
+
+    def _attempts(self, first: _Asked) -> Iterator[_Asked]:
+        yield first
+        for attempt in range(1, SUBSTITUTES + 1):
+            yield self._ask(first.position, self.episodes[substitute_at(first.position, attempt, len(self.episodes), self.seed)])
+
+    def _ask(self, position: int, episode: Episode) -> _Asked:
         t = target_frame_at(position, episode.target_frames(self.data.min_target_share), self.seed)
         shown = uniform_frames(episode.num_frames, self.builder.config.reference_frames)
-        frames = load_frames(episode.video_path, [*shown, t])
-        if (found := frames[t].shape[:2]) != (episode.height, episode.width):
-            raise DataError(f"{episode.video_path}: frames are {found}, the episode says {(episode.height, episode.width)}", "import the data set again")
-        query, video = episode.query, ImageFolder(episode.video_path.absolute())
+        return _Asked(position, episode, t, shown, self.decoders.frames(episode.video_path, [*shown, t]))
+
+    def _decoded(self, asked: _Asked) -> dict[int, np.ndarray]:
+        """The frames by number. Raises VideoError where the video cannot be read, or is not the one that the episode tells of."""
+        path, episode = str(asked.episode.video_path), asked.episode
+        # Also where it came in time on this occasion: which draws use a video may depend on what came before, not on what is decoded when.
+        if self.slow.get(path, 0.0) >= self.data.decode_seconds:
+            raise SlowVideo(f"{path}: was not decoded within {self.slow[path]:g} s before")
+        try:
+            decoded = asked.frames.result()
+        except SlowVideo:
+            self.slow[path] = self.data.decode_seconds
+            raise
+        found = (decoded.num_frames, *decoded.by_number[asked.target_frame].shape[:2])
+        if found != (expected := (episode.num_frames, episode.height, episode.width)):
+            raise VideoError(f"{path}: (frames, height, width) are {found}, the episode says {expected}; restore the video or import the data set again")
+        return decoded.by_number
+
+    def _draw(self, asked: _Asked, replaced: tuple[BrokenEpisode, ...] = ()) -> Draw:
+        frames, position, episode, t = self._decoded(asked), asked.position, asked.episode, asked.target_frame
+        query, video = episode.query, VideoReference(episode.video_path)
         if self.data.control == "shuffled_queries":
             query = self._foreign_query(position, episode)
         elif self.data.control == "blank_frames":
             frames = {i: np.full_like(frame, 127) for i, frame in frames.items()}
             video = FramesInMemory([frames[t]] * episode.num_frames)
-        prompt = self.builder.build(episode.episode_id, query, frames, shown, t, episode.fps)
-        return Draw(position, episode, prompt, frames[t], video, target_of(episode, t))
+        prompt = self.builder.build(episode.episode_id, query, frames, asked.shown, t, episode.fps)
+        return Draw(position, episode, prompt, frames[t], video, target_of(episode, t), replaced)
 
     def _foreign_query(self, position: int, episode: Episode) -> str:
         rng = np.random.default_rng([self.seed, position, 2])

@@ -17,6 +17,12 @@ def episode_at(position: int, count: int, seed: int) -> int:
     return int(_epoch(count, seed, position // count)[position % count])
 
 
+def substitute_at(position: int, attempt: int, count: int, seed: int) -> int:
+    """Index of the episode that stands in at a position whose own cannot be used, nor those of the attempts before: uniform over
+    all, so that what follows in the stream does not move. Attempts count from 1."""
+    return int(np.random.default_rng([seed, position, 3, attempt]).integers(count))
+
+
 def target_frame_at(position: int, frames: list[int], seed: int) -> int:
     """The target frame of the draw at a position: uniform over `frames`."""
     return frames[int(np.random.default_rng([seed, position, 1]).integers(len(frames)))]
