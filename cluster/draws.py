@@ -64,7 +64,7 @@ class _Asked:
     episode: Episode
     target_frame: int
     shown: list[int]
-    frames: Future[Frames]
+    frames: Future[Frames] | None  # None: the video was too slow before
 
 
 class Draws:
@@ -159,13 +159,17 @@ class Draws:
     def _ask(self, position: int, episode: Episode) -> _Asked:
         t = target_frame_at(position, episode.target_frames(self.data.min_target_share), self.seed)
         shown = uniform_frames(episode.num_frames, self.builder.config.reference_frames)
-        return _Asked(position, episode, t, shown, self.decoders.frames(episode.video_path, [*shown, t]))
+        frames = None if self._was_too_slow(episode) else self.decoders.frames(episode.video_path, [*shown, t])
+        return _Asked(position, episode, t, shown, frames)
+
+    def _was_too_slow(self, episode: Episode) -> bool:
+        return self.slow.get(str(episode.video_path), 0.0) >= self.data.decode_seconds
 
     def _decoded(self, asked: _Asked) -> dict[int, np.ndarray]:
         """The frames by number. Raises VideoError where the video cannot be read, or is not the one that the episode tells of."""
         path, episode = str(asked.episode.video_path), asked.episode
         # Also where it came in time on this occasion: which draws use a video may depend on what came before, not on what is decoded when.
-        if self.slow.get(path, 0.0) >= self.data.decode_seconds:
+        if asked.frames is None or self._was_too_slow(episode):
             raise SlowVideo(f"{path}: was not decoded within {self.slow[path]:g} s before")
         try:
             decoded = asked.frames.result()

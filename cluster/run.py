@@ -80,7 +80,7 @@ class Run:
                     run.online.load_state_dict(json.loads((checkpoint.path / DIFFICULTY).read_text(encoding="utf-8")))
                 run.step = run.saved = checkpoint.step
                 run.position, run.before = checkpoint.manifest["position"], checkpoint.manifest["before"]
-                draws.slow = dict(checkpoint.manifest["slow_videos"])
+                draws.slow = dict(checkpoint.manifest.get("slow_videos", {}))
             await connect(actors, config)
             await run.sync(run.step)  # before the first batch, on a fresh start too: hashes prove that engines serve what the learner trains
             progress.restart_clock()
@@ -177,7 +177,7 @@ class Run:
     async def save(self) -> None:
         """A checkpoint of this step: the learner's state and the success rates in files, the rest of the run's in the manifest."""
         with self.stage("checkpoint"):
-            state = {"position": self.position, "slow_videos": self.draws.slow, "data": self.draws.fingerprint, "before": self.before}
+            state = {"position": self.position, "slow_videos": dict(self.draws.slow), "data": self.draws.fingerprint, "before": self.before}
             with checkpoints.writing(self.folder.checkpoints, self.step, state) as temporary:
                 await gather([learner.save.remote(str(temporary.absolute() / "learner")) for learner in self.actors.learners])
                 if self.online:

@@ -63,11 +63,11 @@ class Decoders:
     def frames(self, path: str | Path, numbers: Iterable[int]) -> Future[Frames]:
         """The frames of the video at a path (an image folder or a video file). The future raises VideoError where they cannot be read,
         as SlowVideo past the time limit, as CrashingVideo where the decoder broke down at them a second time."""
-        return self._threads.submit(self._frames, str(path), sorted(set(numbers)))
+        return self._threads.submit(self._frames, str(Path(path).absolute()), sorted(set(numbers)))
 
     def check(self, path: str | Path) -> Future[None]:
         """Looks through a video without decoding it: the headers of all images, or the list of a file's frames. Raises as `frames`."""
-        return self._threads.submit(self._ask, str(path), None)
+        return self._threads.submit(self._ask, str(Path(path).absolute()), None)
 
     def close(self) -> None:
         """Ends the processes. Requests that wait are cancelled, and those that are being decoded fail with RuntimeError."""

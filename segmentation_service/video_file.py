@@ -59,14 +59,17 @@ class VideoFile:
             self._rest()
             raise VideoError(f"frame {i}: {self.file} cannot be decoded there ({error}); encode it anew or drop the video") from error
         self._rest()
-        raise VideoError(f"frame {i}: {self.file} holds nothing that can be decoded at this place; encode it anew or drop the video")
+        raise VideoError(f"frame {i}: {self.file} is damaged at this place; encode it anew or drop the video")
 
     def close(self) -> None:
         """Lets go of the file and of kept frames; the next read opens it again."""
         self._rest()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_container": None, "_frames": None, "_next": 0, "_kept": OrderedDict(), "_kept_bytes": 0, "_converter": None}
+        copy = object.__new__(VideoFile)
+        copy.__dict__ = {**self.__dict__, "_container": None}
+        copy._rest()
+        return copy.__dict__
 
     def _rest(self) -> None:
         if self._container is not None:
@@ -74,6 +77,7 @@ class VideoFile:
         self._container = None
         self._frames: Iterator[Any] | None = None
         self._next = 0  # the first frame that `_frames` can still give
+        self._damaged = False  # since the last key frame
         self._kept: OrderedDict[int, Any] = OrderedDict()
         self._kept_bytes = 0
         self._converter: tuple[tuple, Any] | None = None
@@ -137,12 +141,14 @@ class VideoFile:
         self._frames = self._container.decode(stream)
 
     def _read_to(self, i: int) -> bool:
-        """Keeps the frames up to i; whether i was among them."""
+        """Keeps the sound frames up to i; whether i was among them."""
         for shown in self._frames:
             time = self._next if self.counted else _time(shown)
             place = bisect_right(self.times, time) - 1
             self._next = place + 1
-            if place >= 0 and self.times[place] == time:
+            # What a decoder makes up for damaged data is no frame of the video, nor is what it builds upon that.
+            self._damaged = shown.is_corrupt or (self._damaged and not shown.key_frame)
+            if place >= 0 and self.times[place] == time and not self._damaged:
                 self._keep(place, shown)
             if place >= i:
                 break
@@ -170,6 +176,7 @@ def _rgb_filter(frame: Any) -> Any:
     import av.filter
 
     graph = av.filter.Graph()
+    graph.threads = 1  # more of them cost more than they win
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
     graph.link_nodes(source, graph.add("scale", "flags=bicubic"), graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink")).configure()
     return graph
