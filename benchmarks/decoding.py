@@ -10,12 +10,14 @@ comparing it with all frames of the clip.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from fractions import Fraction
@@ -122,15 +124,24 @@ def speeds(file: Path, rounds: int) -> dict:
         result[what] = in_turns({name: partial(read, reader, file, places) for name, reader in found.items()}, rounds)
         result[what] = {name: per_second(timed, len(places), cpu=True) for name, timed in result[what].items()}
     requests = [sorted(order[i : i + 5]) for i in range(0, READS, 5)]
+    fresh = copies(file)
     with closing(Decoders(2)) as pool, closing(Decoders(2, cache_bytes=2**30)) as keeping:
         candidates = {
-            "2 threads": partial(in_threads, file, requests),
-            "pool of 2 processes": partial(in_pool, pool, file, requests),
-            "the same again, from the cache": partial(in_pool, keeping, file, requests),
+            "2 threads": lambda: in_threads(next(fresh), requests),
+            "pool of 2 processes": lambda: in_pool(pool, next(fresh), requests),
+            "pool, the same again from its cache": partial(in_pool, keeping, file, requests),
         }
         result["random, in requests of 5"] = {name: per_second(timed, READS) for name, timed in in_turns(candidates, rounds).items()}
     truth = thumbnails(file)
     return result | {"others": {name: others(reader(file), order, truth) for name, reader in found.items()}}
+
+
+def copies(file: Path) -> Iterator[Path]:
+    """The file under names that nobody has opened before."""
+    for number in itertools.count():
+        copy = file.with_name(f"{number}-{file.name}")
+        copy.symlink_to(file)
+        yield copy
 
 
 def in_pool(pool: Decoders, file: Path, requests: list[list[int]]) -> None:
@@ -139,8 +150,14 @@ def in_pool(pool: Decoders, file: Path, requests: list[list[int]]) -> None:
 
 
 def in_threads(file: Path, requests: list[list[int]]) -> None:
-    with ThreadPoolExecutor(2) as threads:
-        list(threads.map(partial(read, VideoFile, file), requests))
+    """As the pool does it: a worker keeps the video open from one request to the next."""
+    local = threading.local()
+
+    def begin() -> None:
+        local.video = VideoFile(file)
+
+    with ThreadPoolExecutor(2, initializer=begin) as threads:
+        list(threads.map(lambda numbers: [local.video.frame(i) for i in numbers], requests))
 
 
 def per_second(timed: dict, frames: int, cpu: bool = False) -> dict:

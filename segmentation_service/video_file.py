@@ -26,11 +26,11 @@ class VideoFile:
 
     def __init__(self, file: str | Path, cache_bytes: int = 64 * 2**20) -> None:
         """Raises VideoError where the file is missing, is no video, or has no frame. Sets `stored_hw`, the size before it is set upright."""
+        self._container: Any = None
+        self._rest()
         self.file = Path(file).expanduser()
         self.cache_bytes = cache_bytes
         self.counted = False
-        self._container: Any = None
-        self._rest()
         if not self.file.is_file():
             raise VideoError(f"{self.file}: no such video file, and no folder of frames")
         self.times, self.key_times = self._scan()
@@ -64,6 +64,9 @@ class VideoFile:
     def close(self) -> None:
         """Lets go of the file and of kept frames; the next read opens it again."""
         self._rest()
+
+    def __del__(self) -> None:
+        self._rest()  # containers of PyAV are cycles, which would hold their file until they are collected
 
     def __getstate__(self) -> dict[str, Any]:
         copy = object.__new__(VideoFile)
