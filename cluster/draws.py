@@ -1,36 +1,43 @@
 """Draws: the episode at each position of a run, with its frames decoded, its prompt built, and its truth as a target.
 
-A draw is a pure function of (data set, settings, seed, position), so a resumed run or a replay sees the same ones.
+A draw is a pure function of (data set, settings, seed, position), so a resumed run or a replay sees the same ones. An episode whose
+video is broken is replaced by one that follows from the same four, whatever came before and however long decoding took.
 """
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from reward_service import FrameTarget, RewardConfig, Target
+from rollout.decoding import CrashingVideo, Decoders, Frames, SlowVideo
 from rollout.dataset import EpisodeDataset
 from rollout.episodes import Episode
 from rollout.frame_samples import FrameSamples, nearest
-from rollout.frames import check_frames, load_frames
 from rollout.mixture import Mixture
-from rollout.order import ShuffledOrder, target_frame_at, uniform_frames
+from rollout.order import ShuffledOrder, substitute_at, target_frame_at, uniform_frames
 from rollout.prompts import Prompt, PromptBuilder
-from segmentation_service.video import FramesInMemory, ImageFolder, Video
+from segmentation_service.video import FramesInMemory, Video, VideoError, VideoReference
 
 from cluster.config import RunConfig
 from cluster.errors import DataError
 from cluster.sections import DataConfig, WeightedData
 
+SUBSTITUTES = 20  # tried at one position before the data set counts as unreadable
+
 
 @dataclass(frozen=True)
 class Draw:
-    """One episode to answer. `frame` is the target frame at its original size: uint8 (H, W, 3); `video` all frames, unread."""
+    """One episode to answer. `frame` is the target frame at its original size: uint8 (H, W, 3); `video` all frames, unread;
+    `replaced` the episodes that were to come here and have broken videos."""
 
     position: int
     episode: Episode
@@ -38,15 +45,55 @@ class Draw:
     frame: np.ndarray
     video: Video
     target: Target
+    replaced: tuple[BrokenEpisode, ...] = ()
+
+
+@dataclass(frozen=True)
+class BrokenEpisode:
+    """An episode left out for its video; `kind` is unreadable, slow or crashed, `reason` says more."""
+
+    episode_id: str
+    kind: str
+    reason: str
+
+    @classmethod
+    def of(cls, episode: Episode, error: VideoError) -> BrokenEpisode:
+        kind = "slow" if isinstance(error, SlowVideo) else "crashed" if isinstance(error, CrashingVideo) else "unreadable"
+        return cls(episode.episode_id, kind, str(error))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A draw whose frames are being decoded: its target frame, and the frames that the prompt shows besides."""
+
+    position: int
+    episode: Episode
+    target_frame: int
+    shown: list[int]
+    frames: Future[Frames] | None  # None: the video was too slow before
 
 
 class Draws:
-    """The draws of a data set or a mixture. `train` draws at positions of an endless stream, in random order; `held_out` is a fixed list."""
+    """The draws of a data set or a mixture. `train` draws at positions of an endless stream, in random order; `held_out` is a fixed list.
 
-    def __init__(self, path: str | Sequence[WeightedData], builder: PromptBuilder, data: DataConfig, seed: int, frame_samples: str | None = None) -> None:
+    `slow` holds the videos that took too long, with the limit that they passed: they are not tried again within it. It is all that
+    a checkpoint must keep.
+    """
+
+    def __init__(
+        self,
+        path: str | Sequence[WeightedData],
+        builder: PromptBuilder,
+        data: DataConfig,
+        seed: int,
+        frame_samples: str | None = None,
+        decoders: Decoders | None = None,
+    ) -> None:
         """`frame_samples`: a file of `videoseg sample-frames` that says which frames are shown and which one is the target frame."""
         sets = [WeightedData(path)] if isinstance(path, str) else path
         self.paths, self.builder, self.data, self.seed = [s.path for s in sets], builder, data, seed
+        self.decoders = decoders or Decoders(data.decoders, data.decode_seconds, int(data.frame_cache_gb * 2**30))
+        self.slow: dict[str, float] = {}
         datasets = [EpisodeDataset(path, data.min_target_share) for path in self.paths]
         for path, dataset in zip(self.paths, datasets):
             if not len(dataset):
@@ -61,10 +108,11 @@ class Draws:
 
     @classmethod
     def of_run(cls, config: RunConfig) -> tuple[Draws, Draws]:
-        """Training and held-out draws of a run. The held-out ones do not depend on the run's seed."""
+        """Training and held-out draws of a run, with one pool of decoders. The held-out ones do not depend on the run's seed."""
         builder = PromptBuilder(config.policy.path, config.prompt)
         data, room = config.data, config.rollout.max_images - 1
-        both = cls(data.train, builder, data, config.run.seed, data.train_frames), cls(data.evaluation, builder, data, 0, data.evaluation_frames)
+        train = cls(data.train, builder, data, config.run.seed, data.train_frames)
+        both = train, cls(data.evaluation, builder, data, 0, data.evaluation_frames, train.decoders)
         for samples in (draws.samples for draws in both if draws.samples):
             if samples.most_shown > room:
                 remedy = f"set rollout.max_images={samples.most_shown + 1}, or sample again with fewer key_frames and reference_frames"
@@ -84,48 +132,116 @@ class Draws:
             found = f"{without} of {len(looked_at)} episodes looked at have boxes and points but no masks, and the reward needs masks"
             raise DataError(f"{', '.join(self.paths)}: {found}", remedy)
 
-    def check_frames(self, seconds: float) -> None:
-        """Looks at the frame files of as many videos as fit in `seconds`, evenly over the data set, and builds one prompt.
+    def close(self) -> None:
+        """Ends the decoders, which other draws of the run share."""
+        self.decoders.close()
 
-        Raises the first VideoError or PromptError: before anything starts.
+    def check_videos(self, seconds: float) -> None:
+        """Looks through as many videos as fit in `seconds`, evenly over the data set, without decoding them, and builds one prompt.
+
+        Broken videos are named on standard error. Raises DataError where they are more than `data.max_broken_share`, PromptError
+        where no prompt can be built: before anything starts.
         """
-        until = time.monotonic() + seconds
+        until, broken, looked, videos = time.monotonic() + seconds, [], 0, self._videos()
+        while (not looked or time.monotonic() < until) and (some := list(islice(videos, 4 * self.data.decoders))):
+            asked = [self.decoders.check(video) for video in some]
+            broken += [error for future in asked if (error := future.exception())]
+            looked += len(some)
+        for error in broken:
+            if not isinstance(error, VideoError):
+                raise error
+        if len(broken) > self.data.max_broken_share * looked:
+            raise DataError(
+                f"{', '.join(self.paths)}: {len(broken)} of {looked} videos cannot be read, the first: {broken[0]}",
+                "restore them, or raise data.max_broken_share to train without them; check the data set's root if it is all of them",
+            )
+        for error in broken:
+            print(f"warning: {error}; episodes that need it are left out", file=sys.stderr)
         self.train(0)
-        videos, seen = self.episodes.project("video"), set()
-        order = ShuffledOrder(np.concatenate([d.group_rows for d in videos.datasets]), seed=0)
-        for i in range(len(videos)):
-            row = videos.row(order[i])
+
+    def _videos(self) -> Iterator[Path]:
+        """Every video once, in random order."""
+        rows, seen = self.episodes.project("video"), set()
+        order = ShuffledOrder(np.concatenate([d.group_rows for d in rows.datasets]), seed=0)
+        for i in range(len(rows)):
+            row = rows.row(order[i])
             if (video := Path(row["root"]) / row["video"]) not in seen:
-                check_frames(video)
                 seen.add(video)
-            if time.monotonic() > until:
-                return
+                yield video
 
     def train(self, position: int) -> Draw:
         """The draw at a position of the endless stream, in which every epoch of a data set is a new permutation."""
-        return self._draw(position, self.episodes[self.episodes.at(position)])
+        return self.batch(position, 1)[0]
 
-    def held_out(self, count: int) -> list[Draw]:
-        """`count` episodes spread evenly over the data set (all of it if it has fewer), always the same."""
-        return [self._draw(i, self.episodes[i]) for i in self._spread(count)]
+    def batch(self, start: int, count: int) -> list[Draw]:
+        """The draws at `count` positions from `start`; their frames are decoded side by side.
+
+        An episode with a broken video is replaced by a random one. Raises DataError where substitutes are broken again and again.
+        """
+        asked = [self._ask(p, self.episodes[self.episodes.at(p)]) for p in range(start, start + count)]
+        return [self._with_substitutes(first) for first in asked]
+
+    def held_out(self, count: int) -> tuple[list[Draw], list[BrokenEpisode]]:
+        """`count` episodes spread evenly over the data set (all of it if it has fewer), always the same; those with broken videos apart."""
+        draws, broken = [], []
+        for asked in [self._ask(i, self.episodes[i]) for i in self._spread(count)]:
+            try:
+                draws.append(self._draw(asked))
+            except VideoError as error:
+                broken.append(BrokenEpisode.of(asked.episode, error))
+        return draws, broken
 
     def _spread(self, count: int) -> list[int]:
         return np.linspace(0, len(self.episodes) - 1, min(count, len(self.episodes))).round().astype(int).tolist()
 
-    def _draw(self, position: int, episode: Episode) -> Draw:
+    def _with_substitutes(self, first: _Asked) -> Draw:
+        replaced: list[BrokenEpisode] = []
+        for asked in self._attempts(first):
+            try:
+                return self._draw(asked, tuple(replaced))
+            except VideoError as error:
+                replaced.append(BrokenEpisode.of(asked.episode, error))
+        raise DataError(f"{', '.join(self.paths)}: {len(replaced)} videos one after another cannot be read, last: {replaced[-1].reason}", "check that the data set is still there")
+
+    def _attempts(self, first: _Asked) -> Iterator[_Asked]:
+        yield first
+        for attempt in range(1, SUBSTITUTES + 1):
+            yield self._ask(first.position, self.episodes[substitute_at(first.position, attempt, len(self.episodes), self.seed)])
+
+    def _ask(self, position: int, episode: Episode) -> _Asked:
         shown, t = self._frames(position, episode)
-        frames = load_frames(episode.video_path, [*shown, t])
-        if (found := frames[t].shape[:2]) != (episode.height, episode.width):
-            raise DataError(f"{episode.video_path}: frames are {found}, the episode says {(episode.height, episode.width)}", "import the data set again")
-        query = episode.query
-        video = FramesInMemory([frames[t]]) if episode.media == "image" else ImageFolder(episode.video_path.absolute())
+        frames = None if self._was_too_slow(episode) else self.decoders.frames(episode.video_path, [*shown, t])
+        return _Asked(position, episode, t, shown, frames)
+
+    def _was_too_slow(self, episode: Episode) -> bool:
+        return self.slow.get(str(episode.video_path), 0.0) >= self.data.decode_seconds
+
+    def _decoded(self, asked: _Asked) -> dict[int, np.ndarray]:
+        """The frames by number. Raises VideoError where the video cannot be read, or is not the one that the episode tells of."""
+        path, episode = str(asked.episode.video_path), asked.episode
+        # Also where it came in time on this occasion: which draws use a video may depend on what came before, not on what is decoded when.
+        if asked.frames is None or self._was_too_slow(episode):
+            raise SlowVideo(f"{path}: was not decoded within {self.slow[path]:g} s before")
+        try:
+            decoded = asked.frames.result()
+        except SlowVideo:
+            self.slow[path] = self.data.decode_seconds
+            raise
+        found = (decoded.num_frames, *decoded.by_number[asked.target_frame].shape[:2])
+        if found != (expected := (episode.num_frames, episode.height, episode.width)):
+            raise VideoError(f"{path}: (frames, height, width) are {found}, the episode says {expected}; restore the video or import the data set again")
+        return decoded.by_number
+
+    def _draw(self, asked: _Asked, replaced: tuple[BrokenEpisode, ...] = ()) -> Draw:
+        frames, position, episode, t = self._decoded(asked), asked.position, asked.episode, asked.target_frame
+        query, video = episode.query, VideoReference(episode.video_path)
         if self.data.control == "shuffled_queries":
             query = self._foreign_query(position, episode)
         elif self.data.control == "blank_frames":
             frames = {i: np.full_like(frame, 127) for i, frame in frames.items()}
             video = FramesInMemory([frames[t]] * episode.num_frames)
-        prompt = self.builder.build(episode.episode_id, query, frames, shown, t, episode.fps)
-        return Draw(position, episode, prompt, frames[t], video, target_of(episode, t))
+        prompt = self.builder.build(episode.episode_id, query, frames, asked.shown, t, episode.fps)
+        return Draw(position, episode, prompt, frames[t], video, target_of(episode, t), replaced)
 
     def _frames(self, position: int, episode: Episode) -> tuple[list[int], int]:
         """The frames to show, and the target frame."""

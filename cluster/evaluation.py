@@ -12,8 +12,10 @@ from cluster.scoring import ScoredGroup
 def held_out_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     """Means over episodes: reward, box, mask and video IoU (boxes also by difficulty class), length, share of well-formed answers.
 
-    Raises RuntimeError if an episode could not be scored: a mean over some of the episodes cannot be compared.
+    Episodes whose video broke in tracking are left out, as every evaluation leaves them out. Raises RuntimeError if another
+    could not be scored: a mean over some of the episodes cannot be compared.
     """
+    groups = [g for g in groups if g.broken is None]
     failures = [g.failure for g in groups if g.failure]
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(groups)} held-out episodes could not be scored: {failures[0]}")

@@ -10,7 +10,7 @@ Names (a `*` stands for a term, stage, class or service):
     kl/reference                                         mismatch/{kl,logprob_diff,prob_error,largest}
     clip/low_fraction clip/high_fraction                 learner/grad_norm learner/loss learner/lr
     tokens/prompt tokens/response tokens/per_second      seconds/* seconds/step
-    staleness/0 staleness/1 …                            failures/*
+    staleness/0 staleness/1 …                            failures/scoring failures/video failures/video/{unreadable,slow,crashed}
     eval/*
 
 Fractions are 0..1, lengths are tokens, times are seconds, KLs are nats per token.
@@ -115,6 +115,11 @@ def group_metrics(completions: Sequence[ScoredCompletion]) -> dict[str, float]:
         # Equality is decided by max and min: a standard deviation of equal floats need not come out as 0.
         out["groups/zero_variance_fraction"] = sum(max(r) == min(r) for r in rewards.values()) / len(rewards)
     return out
+
+
+def broken_video_metrics(kinds: Sequence[str]) -> dict[str, float]:
+    """How many episodes were left out for their videos, all and by kind of fault."""
+    return {"failures/video": float(len(kinds))} | {f"failures/video/{kind}": float(count) for kind, count in sorted(Counter(kinds).items())}
 
 
 class StageTimes:

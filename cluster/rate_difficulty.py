@@ -23,8 +23,8 @@ from PIL import Image
 from cluster.difficulty_ratings import BadReply, difficulty_of, rating_prompt, read_ratings
 from cluster.errors import UserError
 from rollout.episodes import Episode, read_episodes, shards, write_episodes
-from rollout.frames import VideoError, load_frames
 from rollout.order import uniform_frames
+from segmentation_service.video import VideoError, open_video, read_frame
 
 CACHE = "ratings.jsonl"
 _RETRIED = (408, 409, 429)  # and every 5xx
@@ -192,8 +192,9 @@ def _content(response: httpx.Response) -> str:
 
 
 def _request(episode: Episode, config: RatingConfig) -> dict:
-    frames = load_frames(episode.video_path, uniform_frames(episode.num_frames, config.frames))
-    images = [{"type": "image_url", "image_url": {"url": _data_url(frames[t], config.side)}} for t in sorted(frames)]
+    video = open_video(episode.video_path)
+    frames = [read_frame(video, t) for t in uniform_frames(episode.num_frames, config.frames)]
+    images = [{"type": "image_url", "image_url": {"url": _data_url(frame, config.side)}} for frame in frames]
     text = {"type": "text", "text": rating_prompt(episode.query, config.variant)}
     return {"model": config.model, "messages": [{"role": "user", "content": [*images, text]}], "temperature": 0.0, "max_tokens": 1024}
 

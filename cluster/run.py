@@ -19,10 +19,10 @@ from rollout.fingerprints import policy_fingerprints
 from cluster import checkpoints, rollout_log
 from cluster.checkpoints import Checkpoint
 from cluster.config import RunConfig
-from cluster.draws import Draw, Draws
+from cluster.draws import SUBSTITUTES, BrokenEpisode, Draw, Draws
 from cluster.errors import RunFailed
 from cluster.evaluation import held_out_metrics
-from cluster.metrics import MetricsWriter, StageTimes, read_metrics
+from cluster.metrics import MetricsWriter, StageTimes, broken_video_metrics, read_metrics
 from cluster.placement import Actors, gather, start_actors, stop_actors
 from cluster.progress import Progress, first_and_last, summary_line
 from cluster.rollout_rows import rollout_rows
@@ -52,6 +52,7 @@ class Run:
     saved: int = -1  # step of the newest checkpoint
     times: StageTimes = field(default_factory=StageTimes)
     upcoming: asyncio.Task | None = None
+    broken: list[BrokenEpisode] = field(default_factory=list)  # left out of this step
 
     @classmethod
     async def start(
@@ -79,6 +80,7 @@ class Run:
                     run.online.load_state_dict(json.loads((checkpoint.path / DIFFICULTY).read_text(encoding="utf-8")))
                 run.step = run.saved = checkpoint.step
                 run.position, run.before = checkpoint.manifest["position"], checkpoint.manifest["before"]
+                draws.slow = dict(checkpoint.manifest.get("slow_videos", {}))
             await connect(actors, config)
             await run.sync(run.step)  # before the first batch, on a fresh start too: hashes prove that engines serve what the learner trains
             progress.restart_clock()
@@ -88,19 +90,28 @@ class Run:
             raise
 
     async def collect(self) -> list[ScoredGroup]:
-        """The step's episodes, G completions of each, scored as the groups finish. May be abandoned at any time."""
-        self.times = StageTimes()
+        """The step's episodes, G completions of each, scored as the groups finish. May be abandoned at any time.
+
+        Where the videos of all of them break in tracking, the next episodes are taken. Raises RunFailed if that does not end.
+        """
+        self.times, self.broken = StageTimes(), []
         rollout = self.config.rollout
-        with self.stage("draw"):
-            draws = await self.next_draws()
-        with self.stage("rollout"):
-            log_masks = self.config.loop.log_masks_every and (self.step + 1) % self.config.loop.log_masks_every == 0
-            return await self.answer(draws, rollout.group_size, self.sampling(), bool(log_masks), self.online)
+        log_masks = self.config.loop.log_masks_every and (self.step + 1) % self.config.loop.log_masks_every == 0
+        for _ in range(1 + SUBSTITUTES):
+            with self.stage("draw"):
+                draws = await self.next_draws()
+            with self.stage("rollout"):
+                groups = await self.answer(draws, rollout.group_size, self.sampling(), bool(log_masks), self.online)
+            self.broken += broken_episodes(groups)
+            if not all(g.broken for g in groups):
+                return groups
+            self.position += len(groups)
+        raise RunFailed(f"{len(self.broken)} videos one after another cannot be tracked, last: {self.broken[-1].reason}", "check that the data set is still there")
 
     async def next_draws(self) -> list[Draw]:
         """This step's draws; those of the next step are decoded in the background meanwhile."""
         count = self.config.rollout.prompts_per_step
-        make = lambda start: asyncio.create_task(asyncio.to_thread(lambda: [self.draws.train(start + i) for i in range(count)]))
+        make = lambda start: asyncio.create_task(asyncio.to_thread(self.draws.batch, start, count))
         draws = await (self.upcoming or make(self.position))
         self.upcoming = make(self.position + count)
         return draws
@@ -149,9 +160,11 @@ class Run:
     async def evaluate(self) -> dict[str, float]:
         """One greedy answer to each held-out episode; the answers are kept in `evaluations/`, the means as `eval/*`."""
         with self.stage("evaluate"):
-            draws = await asyncio.to_thread(self.held_out.held_out, self.config.eval.episodes)
+            draws, broken = await asyncio.to_thread(self.held_out.held_out, self.config.eval.episodes)
             groups = await self.answer(draws, 1, self.sampling().greedy(), masks=True)
-        values = held_out_metrics(groups)
+        broken += broken_episodes(groups)
+        self.note_broken("held-out", broken)
+        values = held_out_metrics(groups) | broken_video_metrics([b.kind for b in broken])
         rollout_log.write_rollouts(self.folder.path / "evaluations", self.step, rollout_rows(self.step, groups, {}, self.processor))
         self.metrics.write(self.step, {f"eval/{name}": value for name, value in values.items()})
         self.progress.note(f"held-out after {self.step} steps: " + "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
@@ -164,7 +177,7 @@ class Run:
     async def save(self) -> None:
         """A checkpoint of this step: the learner's state and the success rates in files, the rest of the run's in the manifest."""
         with self.stage("checkpoint"):
-            state = {"position": self.position, "data": self.draws.fingerprint, "before": self.before}
+            state = {"position": self.position, "slow_videos": dict(self.draws.slow), "data": self.draws.fingerprint, "before": self.before}
             with checkpoints.writing(self.folder.checkpoints, self.step, state) as temporary:
                 await gather([learner.save.remote(str(temporary.absolute() / "learner")) for learner in self.actors.learners])
                 if self.online:
@@ -172,6 +185,10 @@ class Run:
             checkpoints.keep_last(self.folder.checkpoints, self.config.loop.keep_checkpoints)
         self.saved = self.step
         self.progress.restart_clock()
+
+    def note_broken(self, where: str, broken: list[BrokenEpisode]) -> None:
+        for episode in broken:
+            self.progress.note(f"warning: {where}: episode {episode.episode_id} is left out, its video is {episode.kind}: {episode.reason}")
 
     def due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -194,6 +211,11 @@ class Run:
             self.upcoming.cancel()
         self.metrics.close()
         stop_actors(self.actors)
+
+
+def broken_episodes(groups: list[ScoredGroup]) -> list[BrokenEpisode]:
+    """Those that the groups' draws replaced, and those whose videos broke in tracking."""
+    return [episode for g in groups for episode in (*g.draw.replaced, g.broken) if episode]
 
 
 def sampling_seeds(seed: int, step: int, position: int, count: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Scoring a group where it arrives: parse the answers, ask for masks (and tracks) once per group, compute the rewards.
 
 A completion that cannot be parsed earns what the terms give it. A group whose scoring fails (segmenter dead, time-out) is
-tried again with back-off and then marked invalid: it is never a reward of 0.
+tried again with back-off and then marked invalid: it is never a reward of 0. A video that breaks in tracking is not tried again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from rollout.engine import Completion
 from rollout.episodes import Episode
 from segmentation_service.masks import decode_rle
 from segmentation_service.segmenter import ObjectPrompt
-from segmentation_service.video import Video
+from segmentation_service.video import Video, VideoError
 
-from cluster.draws import Draw
+from cluster.draws import BrokenEpisode, Draw
 
 SegmentGroup = Callable[[np.ndarray, list[list[ObjectPrompt]]], Awaitable[list[list[dict]]]]
 PropagateGroup = Callable[[Video, int, list[list[dict]], list[int]], Awaitable[list[dict[int, list[dict]]]]]
@@ -37,7 +37,7 @@ class ScoredGroup:
 
     `difficulty` is the one that set the length budget (None: unknown), `success_rate` the group's share of successes where
     difficulty is estimated online; `uncertainties` are there if a budget depends on them. `failure` says why the group could
-    not be scored; then `masks` and `scores` are None.
+    not be scored; then `masks` and `scores` are None. `broken` is the episode where its video is the cause.
     """
 
     draw: Draw
@@ -54,6 +54,7 @@ class ScoredGroup:
     success_rate: float | None = None
     uncertainties: tuple[float, ...] = ()
     failure: str | None = None
+    broken: BrokenEpisode | None = None
 
     @property
     def rewards(self) -> np.ndarray:
@@ -86,6 +87,8 @@ async def score_group(
             masks = await _retried(lambda: segment(draw.frame, [object_prompts(a) for a in answers]), tries, timeout_seconds)
         if propagate is not None:
             tracks = await _retried(lambda: propagate(draw.video, prompt.target_frame, masks, annotated), tries, timeout_seconds)
+    except VideoError as error:
+        return replace(group, failure=str(error), broken=BrokenEpisode.of(draw.episode, error))
     except Exception as error:  # whatever the service raised is the cause that the run reports
         return replace(group, failure=f"segmentation failed {tries} times, last: {type(error).__name__}: {error}")
     decoded = predicted = None if masks is None else [_decode(m, draw.target.image_size) for m in masks]
@@ -126,6 +129,8 @@ async def _retried(call: Callable[[], Awaitable], tries: int, timeout_seconds: f
     for attempt in range(tries):
         try:
             return await asyncio.wait_for(call(), timeout_seconds)
+        except VideoError:
+            raise
         except Exception:
             if attempt == tries - 1:
                 raise

@@ -67,8 +67,17 @@ class DataConfig:
         metadata={"help": "Move a sampled target frame to the nearest annotated frame in which the target can be seen; false: it must be annotated."},
     )
     check_seconds: float = field(
-        default=5.0, metadata={"help": "Longest look through each data set's frame files before a run starts.", "min": 0.0}
+        default=5.0, metadata={"help": "Longest look through each data set's videos before a run starts.", "min": 0.0}
     )
+    max_broken_share: float = field(
+        default=0.2,
+        metadata={"help": "No run starts when more than this share of the videos looked at is broken; the episodes of fewer are left out.", "min": 0.0, "max": 1.0},
+    )
+    decoders: int = field(default=2, metadata={"help": "Processes that decode the frames of the next step's episodes.", "min": 1, "max": 256})
+    decode_seconds: float = field(
+        default=60.0, metadata={"help": "Longest that the frames of one episode may take to decode; past it the episode is left out.", "above": 0.0}
+    )
+    frame_cache_gb: float = field(default=0.5, metadata={"help": "Decoded frames to keep for the next epoch or evaluation, GiB; 0: none.", "min": 0.0})
     control: str = field(
         default="none",
         metadata={"help": "Negative control: show another episode's query, or grey frames, in training and evaluation.", "choices": CONTROLS},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import closing
 
 import numpy as np
 import ray
@@ -17,7 +18,7 @@ from cluster.checkpoints import Checkpoint
 from cluster.config import RunConfig
 from cluster.draws import Draws
 from cluster.errors import CheckpointError, RunFailed
-from cluster.metrics import completion_metrics
+from cluster.metrics import broken_video_metrics, completion_metrics
 from cluster.placement import gather
 from cluster.progress import Progress
 from cluster.ray_cluster import join_cluster
@@ -36,7 +37,7 @@ def train(config: RunConfig, folder: RunFolder, resume: bool = False) -> None:
     check_sam2(located.segmentation.checkpoint, located.segmentation.backend, located.segmentation.model_config)
     draws, held_out = Draws.of_run(located)
     for data in (draws, held_out):
-        data.check_frames(config.data.check_seconds)
+        data.check_videos(config.data.check_seconds)
     check_resumable(checkpoint, draws)
     started_here = join_cluster(config.cluster)
     try:
@@ -48,7 +49,7 @@ def train(config: RunConfig, folder: RunFolder, resume: bool = False) -> None:
 
 async def _train(config: RunConfig, located: RunConfig, folder: RunFolder, draws: Draws, held_out: Draws, checkpoint: Checkpoint | None) -> None:
     began = time.monotonic()
-    with Stop(config.loop.grace_seconds) as stop, Progress(config.loop.steps, checkpoint.step if checkpoint else 0) as progress:
+    with Stop(config.loop.grace_seconds) as stop, Progress(config.loop.steps, checkpoint.step if checkpoint else 0) as progress, closing(draws):
         run = await stop.abandoning(Run.start(config, located, folder, draws, held_out, checkpoint, progress))
         if run is None:
             return
@@ -90,13 +91,14 @@ async def learn(run: Run, groups: list[ScoredGroup]) -> None:
         completions = scored_completions(groups, version=run.step)
         tokens = sum(c.response_tokens for c in completions)
         learned |= {"kl": float(np.concatenate(kls).mean())} if kls else {}
-        values = completion_metrics(completions) | learner_metrics(learned) | synced | run.times.metrics(tokens)
+        values = completion_metrics(completions) | broken_video_metrics([b.kind for b in run.broken]) | learner_metrics(learned) | synced | run.times.metrics(tokens)
         run.metrics.write(step, values)
     if run.online:
         for g in kept:
             run.online.update(g.draw.episode.episode_id, g.success_rate)
     run.step, run.position = step, run.position + len(groups)
     run.progress.step(step, values)
+    run.note_broken(f"step {step}", run.broken)
     if values["mismatch/kl"] > config.loop.mismatch_warn:
         run.progress.note(f"warning: step {step}: rollout/learner mismatch KL {values['mismatch/kl']:.4f} exceeds loop.mismatch_warn")
 
@@ -108,11 +110,12 @@ async def reference_kls(run: Run, groups: list[ScoredGroup]) -> list[np.ndarray]
 
 
 def scored(groups: list[ScoredGroup], max_failure_rate: float, step: int) -> list[ScoredGroup]:
-    """The groups that could be scored. Raises `RunFailed` past the allowed share of failures."""
-    failed = [g for g in groups if g.failure]
-    if len(failed) == len(groups) or len(failed) / len(groups) > max_failure_rate:
+    """The groups that could be scored. Raises `RunFailed` past the allowed share of failures, broken videos not counted."""
+    tried = [g for g in groups if not g.broken]
+    failed = [g for g in tried if g.failure]
+    if len(failed) == len(tried) or len(failed) / len(tried) > max_failure_rate:
         raise RunFailed(
-            f"step {step}: {len(failed)} of {len(groups)} groups could not be scored; last cause: {failed[-1].failure}",
+            f"step {step}: {len(failed)} of {len(tried)} groups could not be scored; last cause: {failed[-1].failure}",
             "mend the cause and resume, or raise loop.max_failure_rate",
         )
     return [g for g in groups if not g.failure]

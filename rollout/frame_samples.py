@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rollout.episodes import DataError, Episode
-from rollout.frames import VideoError, frame_files
 from rollout.order import uniform_frames
+from segmentation_service.video import ImageFolder, VideoError
 
 SCHEMA_VERSION = "1"
 SCHEMA = pa.schema(
@@ -95,7 +95,7 @@ def video_fingerprint(video: Path) -> str:
     contents of three, of a file its size and three pieces of 1 MiB."""
     digest = hashlib.sha256()
     if video.is_dir():
-        files = frame_files(video)
+        files = ImageFolder(video).files
         for file in files:
             digest.update(f"{file.name}\0{file.stat().st_size}\n".encode())
         for file in (files[0], files[len(files) // 2], files[-1]):

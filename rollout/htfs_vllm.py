@@ -13,9 +13,9 @@ import numpy as np
 
 from rollout.config import RolloutConfig, SamplingConfig
 from rollout.engine import RolloutEngine
-from rollout.frames import load_frames
 from rollout.htfs import HTFSConfig, Look
 from rollout.prompts import IMAGE, ImageChat, check_query, resize
+from segmentation_service.video import read_frames
 
 _IN_FLIGHT = 64  # looks whose frames are in memory
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".jinja", ".model")
@@ -81,7 +81,7 @@ def look_prompt(chat: ImageChat, look: Look, images: Sequence[np.ndarray]) -> Lo
 
 def read_images(look: Look, max_pixels: int, step: int) -> list[np.ndarray]:
     """The look's frames, and no others are read, reduced: uint8 (H, W, 3)."""
-    frames = load_frames(look.video, look.frame_ids)
+    frames = read_frames(look.video, look.frame_ids)
     return [resize(frames[t], size_within(frames[t].shape[:2], max_pixels, step)) for t in look.frame_ids]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from rollout.frames import VideoError, frame_files
+from segmentation_service.video import ImageFolder, VideoError
 
 
 class MediaError(ValueError):
@@ -33,7 +33,7 @@ class Media:
 def read_media(path: Path) -> Media:
     """A folder of frames, or an image as a video of one frame; reads the header of every file. Raises `MediaError`."""
     try:
-        files = frame_files(path)
+        files = ImageFolder(path).files
     except VideoError as error:
         raise MediaError("no frames" if path.is_dir() else "media missing", str(path)) from error
     names = tuple(f.stem for f in files)

@@ -50,6 +50,12 @@ class ShuffledOrder:
         return rows[np.random.default_rng(seed).permutation(len(rows))]
 
 
+def substitute_at(position: int, attempt: int, count: int, seed: int) -> int:
+    """Index of the episode that stands in at a position whose own cannot be used, nor those of the attempts before: uniform over
+    all, so that what follows in the stream does not move. Attempts count from 1."""
+    return int(np.random.default_rng([seed, position, 3, attempt]).integers(count))
+
+
 def target_frame_at(position: int, frames: list[int], seed: int) -> int:
     """The target frame of the draw at a position: uniform over `frames`."""
     return frames[int(np.random.default_rng([seed, position, 1]).integers(len(frames)))]

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rollout.episodes import Annotation
-from rollout.frames import SUFFIXES
 from rollout.importers.item import Benchmark, Defect, Item, Query, SourceError, Track, Truth
 from rollout.media import Media
+from segmentation_service.video import SUFFIXES
 
 COLUMNS = ("id", "problem", "solution", "image")
 _PAIR = re.compile(r"\(\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*\)")

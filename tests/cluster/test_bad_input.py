@@ -61,7 +61,8 @@ def test_a_corrupt_jpeg(refused, toy_data, tmp_path, damage):
     shutil.copytree(toy_data / "train", data)
     victim = sorted(data.rglob("*.jpg"))[37]
     victim.write_bytes(victim.read_bytes()[:900] if damage == "truncated" else b"hello")
-    assert str(victim) in refused(f"data.train={data}")
+    message = refused(f"data.train={data}", "data.max_broken_share=0")
+    assert "1 of 16 videos cannot be read" in message and str(victim) in message and "raise data.max_broken_share" in message
 
 
 def test_a_prompt_that_cannot_fit(refused):

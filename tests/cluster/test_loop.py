@@ -169,7 +169,7 @@ def test_engines_in_a_run_equal_one_started_from_the_export(ray_session, toy_dat
     exported = tmp_path / "exported"
 
     async def answers(engine):
-        done = await engine.generate_in_order.remote([(draw.prompt, 1, greedy, [0]) for draw in held_out.held_out(6)])
+        done = await engine.generate_in_order.remote([(draw.prompt, 1, greedy, [0]) for draw in held_out.held_out(6)[0]])
         return [completion for completions in done for completion in completions]
 
     async def served_and_fresh():

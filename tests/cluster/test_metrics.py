@@ -58,6 +58,11 @@ def test_nothing_scored_leaves_means_out():
     assert not any(completion_metrics([]).values())
 
 
+def test_broken_videos_are_counted_by_kind():
+    assert metrics.broken_video_metrics([]) == {"failures/video": 0}
+    assert metrics.broken_video_metrics(["slow", "unreadable", "slow"]) == {"failures/video": 3, "failures/video/slow": 2, "failures/video/unreadable": 1}
+
+
 def test_equal_rewards_are_zero_variance_even_when_their_std_is_not_zero():
     value = 0.1 + 0.2
     assert np.std([value] * 3 + [value]) >= 0

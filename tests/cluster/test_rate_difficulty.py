@@ -11,7 +11,7 @@ from cluster.difficulty_ratings import VARIANTS, BadReply, rating_prompt, read_r
 from cluster.errors import UserError
 from cluster.rate_difficulty import RatingConfig, rate_data
 from rollout.episodes import read_episodes
-from rollout.frames import load_frames
+from segmentation_service.video import open_video
 
 FIVE = {"scene_complexity": 2, "segmentation_challenge": 4, "temporal_ambiguity": 1, "motion_complexity": 3.5, "linguistic_ambiguity": 7}
 
@@ -72,7 +72,7 @@ def test_every_episode_is_rated_and_all_else_stays(endpoint, data, tmp_path):
     assert [e.difficulty for e in after] == [3.5] * len(before)  # the mean of the five
     for a, b in zip(before, after, strict=True):
         assert (a.episode_id, a.query, a.objects, a.num_frames) == (b.episode_id, b.query, b.objects, b.num_frames)
-        assert b.video_path.resolve() == a.video_path.resolve() and len(load_frames(b.video_path, [0])) == 1
+        assert b.video_path.resolve() == a.video_path.resolve() and len(open_video(b.video_path)) == b.num_frames
     path, headers, body = endpoint.requests[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret" and body["model"] == "a-vlm"
     *images, text = body["messages"][0]["content"]

@@ -151,9 +151,9 @@ def test_samples_that_cannot_be_used_are_refused(toy_data, tmp_path):
     episode, rows = train.train(0).episode, read_samples(file)
     t = next(r.sample.target_frame for r in rows if r.episode_id == episode.episode_id)
     objects = tuple(replace(o, annotations=tuple(a for a in o.annotations if a.frame != t)) for o in episode.objects)
-    train.episodes = [replace(episode, annotated_frames=tuple(f for f in episode.annotated_frames if f != t), objects=objects)]
+    changed = replace(episode, annotated_frames=tuple(f for f in episode.annotated_frames if f != t), objects=objects)
     with pytest.raises(DataError, match=f"its sampled target frame {t} is not annotated"):
-        train.train(0)
+        train._frames(0, changed)
     write_samples([r for r in rows if r.episode_id != episode.episode_id], file)
     with pytest.raises(EpisodesError, match=f"episode {episode.episode_id} has no sample; run `videoseg sample-frames`"):
         draws_of(toy_data, f"data.train_frames={file}", "rollout.max_images=7")

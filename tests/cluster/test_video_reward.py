@@ -2,22 +2,26 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from cluster import config, config_files
-from cluster.draws import Draws
+from cluster.draws import BrokenEpisode, Draws
+from cluster.errors import RunFailed
 from cluster.evaluation import held_out_metrics
 from cluster.metrics import completion_metrics
 from cluster.rollout_rows import scored_completions
 from cluster.run import Run
 from cluster.scoring import score_group
+from cluster.trainer import scored
+from reward_service import RewardConfig
 from reward_service.measures import j_and_f
 from rollout.engine import Completion
 from segmentation_service.masks import decode_rle, mask_iou
-from segmentation_service.video import ImageFolder
+from segmentation_service.video import VideoError, VideoReference
 from tests.cluster.test_loop import settings
 
 EVERY_MASK_TERM = [
@@ -59,7 +63,7 @@ def test_a_group_is_tracked_once_and_earns_the_mean_j_of_its_masks(ray_session, 
 
     actor = SegmenterActor.options(num_cpus=0).remote(located.segmentation)
     run = SimpleNamespace(config=located, draws=draws, actors=SimpleNamespace(segmenters=[actor]))
-    draw = max((d for d in draws.held_out(6) if len(d.target) == 1), key=lambda d: d.target.masks.sum())
+    draw = max((d for d in draws.held_out(6)[0] if len(d.target) == 1), key=lambda d: d.target.masks.sum())
 
     async def scored():
         return await Run.score(run, draw, right_and_wrong(draw), masks=False, online=None)
@@ -92,15 +96,15 @@ def test_a_group_is_tracked_once_and_earns_the_mean_j_of_its_masks(ray_session, 
 
 
 def test_grey_videos_are_tracked_grey(located, draws):
-    assert isinstance(draws.held_out(1)[0].video, ImageFolder)
+    assert isinstance(draws.held_out(1)[0][0].video, VideoReference)
     draws = Draws(located.data.evaluation, draws.builder, located.data.__class__(control="blank_frames"), seed=0)
-    draw = draws.held_out(1)[0]
+    draw = draws.held_out(1)[0][0]
     assert len(draw.video) == draw.episode.num_frames and all((draw.video.frame(t) == 127).all() for t in range(len(draw.video)))
 
 
 @pytest.mark.parametrize("failures, scored", [(1, True), (3, False)])
 def test_a_failing_tracker_is_asked_again_and_never_a_reward_of_zero(located, draws, failures, scored, monkeypatch):
-    draw, asked = draws.held_out(1)[0], []
+    draw, asked = draws.held_out(1)[0][0], []
     masks = [[dict(size=[96, 128], counts=a.counts) for a in draw.episode.visible(draw.prompt.target_frame)], [], []]
 
     async def segment(frame, hypotheses):
@@ -123,3 +127,23 @@ def test_a_failing_tracker_is_asked_again_and_never_a_reward_of_zero(located, dr
         assert group.failure is None and group.scores[0].terms["iou"] > 0 == group.scores[1].terms["iou"]
     else:
         assert group.scores is None and group.failure == "segmentation failed 3 times, last: RuntimeError: lost"
+
+
+def test_a_video_that_breaks_in_tracking_is_asked_once_and_counts_as_broken(located, draws):
+    draw, asked = draws.held_out(1)[0][0], []
+
+    async def segment(frame, hypotheses):
+        return [[] for _ in hypotheses]
+
+    async def propagate(*arguments):
+        asked.append(arguments)
+        raise VideoError("frame 7 is not a readable image")
+
+    group = asyncio.run(score_group(draw, right_and_wrong(draw), [3] * 3, located.reward, segment, propagate, tries=3))
+    assert len(asked) == 1 and group.scores is None
+    assert group.broken == BrokenEpisode(draw.episode.episode_id, "unreadable", "frame 7 is not a readable image")
+    good = asyncio.run(score_group(draw, right_and_wrong(draw), [3] * 3, RewardConfig(), None))
+    assert scored([group, good], max_failure_rate=0.0, step=1) == [good]
+    assert held_out_metrics([group, good]) == held_out_metrics([good])
+    with pytest.raises(RunFailed, match="1 of 1 groups could not be scored; last cause: lost"):
+        scored([group, replace(good, failure="lost")], max_failure_rate=0.5, step=1)

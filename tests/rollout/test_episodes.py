@@ -1,17 +1,17 @@
-"""Episodes on disk, and frames: exact round trips and errors that name the file."""
+"""Episodes on disk: exact round trips and errors that name the file; and the order of draws."""
 
 from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+
 from PIL import Image
 
-from rollout import frames
 from rollout.episodes import Annotation, DataError, Episode, IgnoreMask, TargetObject, annotate, read_episodes, write_episodes
-from rollout.frames import VideoError, load_frames
-from rollout.order import target_frame_at, uniform_frames
+from rollout.order import substitute_at, target_frame_at, uniform_frames
 from segmentation_service.masks import encode_rle
+from segmentation_service.video import VideoError, open_video, read_frame
 
 
 def episode(name="a", difficulty=3.5, masks=None):
@@ -85,36 +85,16 @@ def test_what_version_2_adds_comes_back(tmp_path):
 
 def test_an_image_is_a_video_of_one_frame(tmp_path):
     Image.new("RGB", (30, 20), (9, 0, 0)).save(tmp_path / "a.png")
-    assert load_frames(tmp_path / "a.png", [0])[0].shape == (20, 30, 3)
-    with pytest.raises(VideoError, match="frame 1 was asked for, but there are frames 0 to 0"):
-        load_frames(tmp_path / "a.png", [1])
+    video = open_video(tmp_path / "a.png")
+    assert len(video) == 1 and read_frame(video, 0).shape == (20, 30, 3)
+    with pytest.raises(VideoError, match="frame 1 was asked for, but the video has frames 0 to 0"):
+        read_frame(video, 1)
 
 
-def test_frames_by_id_and_their_errors(tmp_path):
-    for t in range(3):
-        Image.new("RGB", (30, 20), (t * 40, 0, 0)).save(tmp_path / f"{t:05d}.png")
-    loaded = load_frames(tmp_path, [2, 0, 2])
-    assert list(loaded) == [0, 2] and loaded[2].shape == (20, 30, 3) and loaded[2][0, 0, 0] == 80
-    with pytest.raises(VideoError, match="frame 3 was asked for, but there are frames 0 to 2"):
-        load_frames(tmp_path, [3])
-    (tmp_path / "00001.png").write_bytes((tmp_path / "00001.png").read_bytes()[:40])
-    with pytest.raises(VideoError, match="00001.png: not a readable image"):
-        load_frames(tmp_path, [1])
-    with pytest.raises(VideoError, match="no such folder"):
-        load_frames(tmp_path / "none", [0])
-    frames.frame_files.cache_clear()
-
-
-def test_a_truncated_jpeg_is_an_error(tmp_path):
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "0.jpg")
-    (tmp_path / "0.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[:1500])
-    with pytest.raises(VideoError, match="0.jpg: not a readable image"):
-        load_frames(tmp_path, [0])
-
-
-def test_target_frames_are_drawn_from_all_that_show_the_target():
+def test_target_frames_and_stand_ins_are_drawn_from_all():
     assert {target_frame_at(i, [2, 5, 9], seed=0) for i in range(50)} == {2, 5, 9}
+    for stand_ins in ([substitute_at(5, a, 7, seed=0) for a in range(1, 60)], [substitute_at(p, 1, 7, seed=0) for p in range(60)]):
+        assert set(stand_ins) == set(range(7))
 
 
 def test_uniform_frames():

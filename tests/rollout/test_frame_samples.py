@@ -14,7 +14,7 @@ from PIL import Image
 from rollout.episodes import DataError, Episode, TargetObject, annotate
 from rollout.frame_samplers import Baseline
 from rollout.frame_samples import FrameSample, FrameSamples, SampleRow, frames_to_show, nearest, read_samples, sample_key, video_fingerprint, write_samples
-from rollout.frames import VideoError
+from segmentation_service.video import VideoError
 
 
 def episode(name="e", video="v", num_frames=10, objects=(), **changes):

@@ -340,7 +340,7 @@ def test_an_hour_of_video_is_looked_at_through_few_frames(monkeypatch):
         read.extend(frame_ids)
         return {t: np.full((36, 64, 3), t % 256, np.uint8) for t in frame_ids}
 
-    monkeypatch.setattr("rollout.htfs_vllm.load_frames", synthetic_frames)
+    monkeypatch.setattr("rollout.htfs_vllm.read_frames", synthetic_frames)
     script = Script({"e": [['{"start": 1200, "end": 2400}'] * 5, ['{"start": 1500, "end": 1560}'] * 5, ["50%"] * 5]})
 
     def ask(looks):

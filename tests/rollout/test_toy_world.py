@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from rollout.episodes import read_episodes
-from rollout.frames import load_frames
 from rollout.toy_data import SPLITS, ToyDataConfig, write_toy_data
 from rollout.toy_world import COLOURS, WorldConfig, make_video
 from segmentation_service.masks import decode_rle
+from segmentation_service.video import open_video
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_written_episodes_hold_the_truth(toy):
             t = episode.target_frames()[0]
             truth = [mask for i, mask in enumerate(video.masks(t)) if i in query.targets and mask.any()]
             assert np.array_equal(episode.masks(t), np.stack(truth))
-            frame = load_frames(episode.video_path, [t])[t]
+            frame = open_video(episode.video_path).frame(t)
             assert np.abs(frame.astype(int) - video.frame(t)).mean() < 4  # JPEG
             for annotation, mask in zip(episode.visible(t), truth):
                 ys, xs = np.nonzero(mask)

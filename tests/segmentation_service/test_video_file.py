@@ -2,13 +2,15 @@
 
 import pickle
 import random
+import subprocess
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
-from segmentation_service.video import ImageFolder, VideoError, open_video
+from segmentation_service.video import ImageFolder, VideoError, VideoReference, open_video
 from segmentation_service.video_file import VideoFile
 
 H, W = 50, 66  # no multiple of 16
@@ -79,13 +81,15 @@ def test_every_frame_is_the_one_that_was_written(video, order):
 
 
 def test_kept_frames_stay_within_their_bytes_and_falling_order_stays_cheap(tmp_path):
-    video = VideoFile(write(tmp_path / "v.mp4", "libx264", gop=1000), cache_bytes=10 * H * W * 3)
+    video = VideoFile(write(tmp_path / "v.mp4", "libx264", gop=1000), cache_bytes=40_000)
     starts = []
     video._seek, seek = lambda key: (starts.append(key), seek(key)), video._seek
     for i in range(69, -1, -1):
         assert number(video.frame(i)) == i
-        assert len(video._cache) <= 10
-    assert len(starts) <= 8  # once for every ten frames
+        assert sum(plane.buffer_size for frame in video._kept.values() for plane in frame.planes) == video._kept_bytes <= 40_000
+    assert len(starts) <= 70 / (len(video._kept) - 1) + 1  # once for as many as are kept
+    video.close()
+    assert not video._kept and not video._kept_bytes
 
 
 def test_a_file_travels_as_its_name(tmp_path):
@@ -114,7 +118,7 @@ def test_rotated_video_is_upright(tmp_path):
     assert number(np.rot90(upright)) == 1  # a player turns it by 90 degrees clockwise
 
 
-@pytest.mark.parametrize("fault", ["empty", "text", "no-index", "missing", "audio"])
+@pytest.mark.parametrize("fault", ["empty", "text", "no-index", "missing", "audio", "no-frames"])
 def test_what_is_no_video_is_refused_by_name(tmp_path, fault):
     file = tmp_path / "v.mp4"
     if fault == "empty":
@@ -130,6 +134,8 @@ def test_what_is_no_video_is_refused_by_name(tmp_path, fault):
             sound.sample_rate, sound.pts = 16000, 0
             out.mux(stream.encode(sound))
             out.mux(stream.encode())
+    elif fault == "no-frames":
+        write(file, "libx264", frames=0)
     with pytest.raises(VideoError, match="v.mp4"):
         VideoFile(file)
 
@@ -162,12 +168,83 @@ def test_a_damaged_place_is_named_and_the_rest_can_be_read(tmp_path):
     assert 0 in read and len(read) >= 20
 
 
+def test_the_cover_of_a_sound_file_is_no_video(tmp_path):
+    import imageio_ffmpeg
+
+    Image.fromarray(picture(5)).save(tmp_path / "cover.png")
+    sound = ["-f", "lavfi", "-i", "sine=duration=0.2", "-i", str(tmp_path / "cover.png"), "-map", "0", "-map", "1"]
+    file = tmp_path / "song.m4a"
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *sound, "-c:v", "copy", "-disposition:v", "attached_pic", str(file)], check=True)
+    with av.open(str(file)) as container:
+        assert len(container.streams.video) == 1
+    with pytest.raises(VideoError, match="song.m4a: holds no video stream"):
+        VideoFile(file)
+
+
+@pytest.mark.parametrize("kind", ["h264.mkv", "vp9.webm", "vp8.webm", "mpeg4.avi", "mjpeg.avi", "index-first.mp4"])
+def test_of_a_file_that_breaks_off_what_is_there_is_read_exactly(tmp_path, kind):
+    """Cut inside the data of the 46th frame of 70: frames are right, or refused by number, or known not to be there."""
+    options = KINDS.get(kind, dict(codec="libx264", b_frames=2))
+    file = write(tmp_path / kind, **options)
+    if kind == "index-first.mp4":
+        with av.open(str(file)) as source, av.open(str(tmp_path / "moved.mp4"), "w", options={"movflags": "faststart"}) as out:
+            stream = out.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    out.mux(packet)
+        file = tmp_path / "moved.mp4"
+    with av.open(str(file)) as container:
+        place = sorted(packet.pos for packet in container.demux(video=0) if packet.size)[45] + 10
+    file.write_bytes(file.read_bytes()[:place])
+    video, read = VideoFile(file), 0
+    for i in range(len(video)):
+        try:
+            assert number(video.frame(i)) == i
+            read += 1
+        except VideoError as error:
+            assert f"frame {i}" in str(error)
+    assert 30 <= read <= 46 and read <= len(video)
+
+
+def test_a_folder_in_which_frames_are_missing_or_broken(tmp_path):
+    for i in (0, 1, 3):
+        Image.fromarray(picture(i)).save(tmp_path / f"{i:05d}.png")
+    (tmp_path / "notes.txt").write_text("no frame")
+    folder = open_video(tmp_path)
+    assert len(folder) == 3 and number(folder.frame(2)) == 3  # the third there is: that one is missing only its episode can tell
+    folder.check()
+    (tmp_path / "00001.png").write_bytes((tmp_path / "00001.png").read_bytes()[:40])
+    assert number(folder.frame(0)) == 0
+    with pytest.raises(VideoError, match="frame 1: .*00001.png is not a readable image"):
+        folder.frame(1)
+    (tmp_path / "00000.png").unlink()
+    with pytest.raises(VideoError, match="frame 0: .*00000.png is not a readable image"):
+        folder.frame(0)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "9.jpg")
+    (tmp_path / "9.jpg").write_bytes((tmp_path / "9.jpg").read_bytes()[:1500])
+    jpeg = open_video(tmp_path)
+    with pytest.raises(VideoError, match="frame 2: .*9.jpg is not a readable image"):
+        jpeg.frame(2)
+    (tmp_path / "00001.png").unlink()
+    with pytest.raises(VideoError, match="9.jpg: the JPEG is cut short"):
+        open_video(tmp_path).check()
+
+
+def test_a_reference_is_opened_where_it_is_read(tmp_path):
+    reference = VideoReference(tmp_path / "later.mp4")
+    sent = pickle.loads(pickle.dumps(reference))
+    write(tmp_path / "later.mp4", "libx264", frames=9)
+    assert len(sent) == 9 and number(sent.frame(4)) == 4
+    assert len(pickle.dumps(sent)) < 300
+    with pytest.raises(VideoError, match="none.mp4"):
+        len(VideoReference(tmp_path / "none.mp4"))
+
+
 def test_open_video_tells_folders_from_files(tmp_path):
     file = write(tmp_path / "v.mp4", "libx264", frames=3)
     assert isinstance(open_video(file), VideoFile)
     (tmp_path / "frames").mkdir()
-    from PIL import Image
-
     Image.fromarray(picture(1)).save(tmp_path / "frames/0.png")
     assert isinstance(open_video(tmp_path / "frames"), ImageFolder)
     with pytest.raises(VideoError, match="nowhere"):
