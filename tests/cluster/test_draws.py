@@ -35,7 +35,7 @@ def test_one_data_set_is_drawn_as_in_the_recorded_runs(toy_data):
         t = frames[np.random.default_rng([2, position, 1]).integers(len(frames))]
         assert draw.target.masks.tolist() == draw.episode.masks(t).tolist()
     kept = [e for e in read_episodes(toy_data / "valid_u") if e.target_frames(0.001)]
-    assert [d.episode for d in held_out.held_out(3)] == [kept[int(i)] for i in np.linspace(0, len(kept) - 1, 3).round()]
+    assert [d.episode for d in held_out.held_out(3)[0]] == [kept[int(i)] for i in np.linspace(0, len(kept) - 1, 3).round()]
 
 
 def test_foreign_queries_are_of_another_video(toy_data):
@@ -51,7 +51,7 @@ def test_a_mixture_draws_by_weight_and_resumes_exactly(toy_data):
     draws, _ = Draws.of_run(mixed(toy_data))
     roots = [draws.episodes.row(draws.episodes.at(p))["root"] for p in range(400)]
     assert 295 <= roots.count(str(toy_data / "train")) <= 305 and set(roots) == {str(toy_data / "train"), str(toy_data / "valid_u")}
-    draws.check_frames(seconds=60)
+    draws.check_videos(seconds=60)
     again = Draws.of_run(mixed(toy_data))[0]
     for position in (333, 7):
         one, other = draws.train(position), again.train(position)

@@ -52,12 +52,12 @@ def right_answer(draw):
 
 def test_boxes_without_masks(draws_of, settings):
     draws = draws_of("visionreasoner", miniatures.visionreasoner, "train")
-    draws.check_frames(seconds=60)
+    draws.check_videos(seconds=60)
     with pytest.raises(DataError, match="2 of 2 episodes looked at have boxes and points but no masks, and the reward needs masks"):
         draws.check_masks(settings.reward)
     reward = replace(settings.reward, weights=replace(settings.reward.weights, negative_point=0.0))
     draws.check_masks(reward)
-    for draw in draws.held_out(2):
+    for draw in draws.held_out(2)[0]:
         group = asyncio.run(score_group(draw, [right_answer(draw)], [1], reward, None))
         assert group.box_ious == pytest.approx((1,)) and group.failure is None and group.mask_ious == ()
         assert draw.target.masks is None and draw.prompt.target_frame == 0 and len(draw.video) == 1

@@ -114,7 +114,7 @@ def draws_of(toy_data, *more):
 
 def test_without_a_file_draws_are_as_ever(toy_data):
     train, held_out = draws_of(toy_data)
-    for draw in [*(train.train(i) for i in range(6)), *held_out.held_out(3)]:
+    for draw in [*(train.train(i) for i in range(6)), *held_out.held_out(3)[0]]:
         seed = train.seed if draw.episode in train.episodes else 0
         assert draw.prompt.target_frame == target_frame_at(draw.position, draw.episode.target_frames(0.001), seed)
         assert draw.prompt.frame_ids == tuple(uniform_frames(draw.episode.num_frames, 4))
@@ -128,7 +128,7 @@ def test_draws_follow_a_file(toy_data, tmp_path):
     assert train.fingerprint.startswith(plain[0].fingerprint + "+") and train.fingerprint != held_out.fingerprint
     samples = {r.episode_id: r.sample for name in ("train", "valid") for r in read_samples(tmp_path / f"{name}.parquet")}
     snapped = 0
-    for draw in [*(train.train(i) for i in range(20)), *held_out.held_out(6)]:
+    for draw in [*(train.train(i) for i in range(20)), *held_out.held_out(6)[0]]:
         sample, t, visible = samples[draw.episode.episode_id], draw.prompt.target_frame, draw.episode.target_frames(0.015)
         assert draw.prompt.frame_ids == tuple(sample.shown) and t in visible
         assert abs(t - sample.target_frame) == min(abs(v - sample.target_frame) for v in visible)
