@@ -123,7 +123,10 @@ class VllmRater:
             raise UserError("vLLM's engine process died; its own log above says why", "mend the cause and run the command again: it goes on where it was") from error
         except (VLLMClientError, ValueError) as error:
             raise Unrated(TOO_LONG if "context length" in str(error) or "max_model_len" in str(error) else "refused", str(error)) from error
-        return output.outputs[0].text
+        done = output.outputs[0]
+        if done.finish_reason not in ("stop", "length"):
+            raise TryAgain(f"vLLM ended the reply after {len(done.token_ids)} tokens: {done.finish_reason}")
+        return done.text
 
     def _start(self) -> None:
         from rollout import vllm_options
