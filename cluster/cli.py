@@ -153,11 +153,12 @@ def inspect_data(options: argparse.Namespace) -> None:
 
 def difficulty(options: argparse.Namespace) -> None:
     """Let a vision-language model rate how difficult each query is; writes a copy of the data set with the ratings."""
-    from cluster.rate_difficulty import RatingConfig, rate_data
+    from cluster.config_file import read_settings
+    from cluster.rate_difficulty import RatingConfig, rate_data, summary
 
     config = RatingConfig(
-        endpoint=options.endpoint,
         model=options.model,
+        endpoint=options.endpoint,
         variant=options.variant,
         frames=options.frames,
         side=options.side,
@@ -165,9 +166,10 @@ def difficulty(options: argparse.Namespace) -> None:
         tries=options.tries,
         max_failures=options.max_failures,
         api_key=os.environ.get(options.api_key_env, ""),
+        vllm=read_settings(None, options.vllm)[0],
     )
     counts = rate_data(Path(options.data), Path(options.out), config, options.only_missing)
-    print(f"rated episodes written to {options.out}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+    print(f"rated episodes written to {options.out}: {summary(counts)}")
 
 
 def sample_frames(options: argparse.Namespace) -> None:
@@ -318,21 +320,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--workers", type=int, metavar="N", help="processes (default: one a CPU)")
 
     more = (
-        "Any OpenAI-compatible endpoint that takes images will do; for a model of your own run `vllm serve MODEL` beside it.\n"
-        "Run it again after an interruption: replies are kept in OUT/ratings.jsonl, and no question is asked twice."
+        "vLLM runs the model here, on the GPUs of this machine or its CPU; with --endpoint any OpenAI-compatible service that takes\n"
+        "images is asked instead. Run it again after an interruption: replies are kept in OUT/ratings.jsonl, and no question is asked twice."
     )
-    example = "videoseg data difficulty data/train data/train_rated --endpoint http://localhost:8000/v1 --model Qwen/Qwen2.5-VL-72B-Instruct"
+    example = "videoseg data difficulty data/train data/train_rated --model Qwen/Qwen2.5-VL-72B-Instruct --vllm tensor_parallel_size=4"
     command = _add(kinds, "difficulty", difficulty, example, more)
     command.add_argument("data", metavar="DATA", help="episodes: a folder with Parquet shards, or one file")
     command.add_argument("out", metavar="OUT", help="folder for the rated copy; its episodes refer to the same videos")
-    command.add_argument("--endpoint", required=True, metavar="URL", help="base URL, usually ending in /v1")
-    command.add_argument("--model", required=True, help="name of the model, as the endpoint knows it")
+    command.add_argument("--model", required=True, help="checkpoint folder or hub id; with --endpoint the name that it knows")
+    command.add_argument("--endpoint", metavar="URL", help="ask a service: base URL, usually ending in /v1")
+    command.add_argument("--vllm", action="append", default=[], metavar="KEY=VALUE", help="argument of vLLM's engine, such as max_model_len=16384; may be repeated")
     variants = ("videoseg_r1", "pixelthink")
     command.add_argument("--variant", choices=variants, default=variants[0], help="five aspects (VideoSeg-R1, default) or three (PixelThink)")
     command.add_argument("--only-missing", action="store_true", help="leave episodes alone that have a difficulty")
     command.add_argument("--frames", type=int, default=8, help="frames shown, evenly over the video (default 8)")
-    command.add_argument("--side", type=int, default=448, help="longest side of a frame as sent, pixels (default 448)")
-    command.add_argument("--requests", type=int, default=8, help="requests in flight (default 8)")
+    command.add_argument("--side", type=int, default=448, help="longest side of a frame as shown, pixels (default 448)")
+    command.add_argument("--requests", type=int, help="requests in flight (default 64, with --endpoint 8)")
     command.add_argument("--tries", type=int, default=4, help="requests an episode before it is left unrated (default 4)")
     command.add_argument("--max-failures", type=int, default=20, help="unrated episodes of a shard before the command stops (default 20)")
     command.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the key (default OPENAI_API_KEY)")

@@ -39,6 +39,13 @@ def rating_prompt(query: str, variant: str) -> str:
     )
 
 
+def rating_schema(variant: str) -> dict:
+    """JSON schema of a reply: an integer from 1 to 10 for each aspect, and nothing else."""
+    names = list(VARIANTS[variant])
+    rating = {"type": "integer", "enum": list(range(1, 11))}
+    return {"type": "object", "properties": {name: rating for name in names}, "required": names, "additionalProperties": False}
+
+
 def read_ratings(reply: str, variant: str) -> dict[str, float]:
     """The ratings of the last JSON object in the reply that has all of them; text round it, thoughts and code fences do no harm.
 

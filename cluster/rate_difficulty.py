@@ -1,7 +1,7 @@
 """`videoseg data difficulty`: a vision-language model rates every query of a data set; a copy with the ratings is written.
 
-The model is asked over the OpenAI protocol, so that any service and any model under `vllm serve` will do. Each reply is appended
-to a cache as soon as it is read: a command that was stopped goes on where it was, and one that is repeated asks nothing twice.
+The model is run here by vLLM or asked over the OpenAI protocol (`cluster.raters`). Each reply is appended to a cache as soon as it is
+read: a command that was stopped goes on where it was, and one that is repeated asks nothing twice.
 """
 
 from __future__ import annotations
@@ -13,50 +13,64 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import httpx
 from PIL import Image
 
-from cluster.difficulty_ratings import BadReply, difficulty_of, rating_prompt, read_ratings
+from cluster.difficulty_ratings import BadReply, difficulty_of, rating_prompt, rating_schema, read_ratings
 from cluster.errors import UserError
+from cluster.raters import EndpointRater, Rater, TryAgain, Unrated, VllmRater
 from rollout.episodes import Episode, read_episodes, shards, write_episodes
 from rollout.order import uniform_frames
-from segmentation_service.video import VideoError, open_video, read_frame
+from segmentation_service.video import VideoError, read_frames
 
 CACHE = "ratings.jsonl"
-_RETRIED = (408, 409, 429)  # and every 5xx
+PROGRESS_EVERY = 100  # questions
 
 
 @dataclass(frozen=True)
 class RatingConfig:
-    """endpoint: base URL that ends in /v1. side: longest side of a frame as sent, pixels. tries: requests an episode, before it is
-    left unrated. max_failures: episodes left unrated before the command stops."""
+    """model: its name at `endpoint` (base URL that ends in /v1), or, without an endpoint, the checkpoint folder or hub id that vLLM
+    runs here with the arguments `vllm`. side: longest side of a frame as shown, pixels. requests: in flight at a time; None: 8 at an
+    endpoint, 64 here. tries: requests an episode, before it is left unrated. max_failures: episodes of a shard left unrated before
+    the command stops."""
 
-    endpoint: str
     model: str
+    endpoint: str | None = None
     variant: str = "videoseg_r1"
     frames: int = 8
     side: int = 448
-    requests: int = 8
+    requests: int | None = None
     tries: int = 4
     timeout_seconds: float = 120.0
     first_pause_seconds: float = 1.0
     max_failures: int = 20
     api_key: str = ""
+    vllm: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if not self.endpoint.startswith(("http://", "https://")):
+        if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
             raise UserError(f"endpoint {self.endpoint!r} is not a URL", "for example http://localhost:8000/v1")
-        for name in ("frames", "side", "requests", "tries"):
+        if self.endpoint is not None and self.vllm:
+            raise UserError(f"--vllm {', '.join(self.vllm)} with an endpoint, where vLLM is not ours to set", "leave out --vllm or --endpoint")
+        for name in ("frames", "side", "in_flight", "tries"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1", "give a positive number")
+                raise UserError(f"{name.replace('in_flight', 'requests')}={getattr(self, name)} must be at least 1", "give a positive number")
 
+    @property
+    def in_flight(self) -> int:
+        return self.requests if self.requests is not None else 64 if self.endpoint is None else 8
 
-class Unrated(Exception):
-    """An episode that could not be rated, after all tries."""
+    def rater(self) -> Rater:
+        """Raises MissingFileError for a model that is neither a folder nor a hub id."""
+        schema = rating_schema(self.variant)
+        if self.endpoint is None:
+            return VllmRater(self.model, schema, self.frames, self.vllm)
+        return EndpointRater(self.endpoint, self.model, schema, self.api_key, self.timeout_seconds)
 
 
 class Cache:
@@ -87,29 +101,43 @@ class Cache:
 
 
 def rate_data(data: Path, out: Path, config: RatingConfig, only_missing: bool = False) -> dict[str, int]:
-    """Writes to `out` the shards of `data` with their difficulties; returns how many were asked, cached, kept and left unrated.
+    """Writes to `out` the shards of `data` with their difficulties; returns how many were asked, cached, kept and left unrated, and
+    of those how many for which reason ("over the context length").
 
-    only_missing: episodes that have a difficulty keep it. Raises UserError if `out` is `data`, the endpoint refuses, or more than
-    `max_failures` episodes stay unrated; what was rated until then is in `out/ratings.jsonl`.
+    only_missing: episodes that have a difficulty keep it. Raises UserError if `out` is `data`, the model cannot be asked, or more
+    than `max_failures` episodes of a shard stay unrated; what was rated until then is in `out/ratings.jsonl`.
     """
     files = shards(data)
     if out.resolve() in (data.resolve(), files[0].parent.resolve()):
         raise UserError(f"{out} holds the episodes themselves", "give another folder for the rated copy")
-    counts = {"asked": 0, "cached": 0, "kept": 0, "unrated": 0}
+    return asyncio.run(_rate_shards(files, out, config, only_missing))
+
+
+async def _rate_shards(files: Sequence[Path], out: Path, config: RatingConfig, only_missing: bool) -> dict[str, int]:
+    counts = Counter(asked=0, cached=0, kept=0, unrated=0)
+    rater = config.rater()
     cache = Cache(out / CACHE)
     try:
         for file in files:
-            rated = asyncio.run(_rate_all(list(read_episodes(file)), config, cache, only_missing, counts))
+            rated = await _rate_all(list(read_episodes(file)), rater, config, cache, only_missing, counts)
             write_episodes((replace(e, video=os.path.relpath(e.video_path.resolve(), out.resolve())) for e in rated), out / file.name)
-            print(f"{file.name}: {len(rated)} episodes; " + ", ".join(f"{n} {what}" for what, n in counts.items()), file=sys.stderr, flush=True)
+            print(f"{file.name}: {len(rated)} episodes; {summary(counts)}", file=sys.stderr, flush=True)
     finally:
         cache.close()
-    return counts
+        await rater.close()
+    return dict(counts)
 
 
-async def _rate_all(episodes: Sequence[Episode], config: RatingConfig, cache: Cache, only_missing: bool, counts: dict[str, int]) -> list[Episode]:
+def summary(counts: Mapping[str, int]) -> str:
+    """The counts of `rate_data` as a line."""
+    parts = [f"{n} {what}" for what, n in counts.items()]
+    return ", ".join(parts[:4]) + (f" ({', '.join(parts[4:])})" if parts[4:] else "")
+
+
+async def _rate_all(episodes: Sequence[Episode], rater: Rater, config: RatingConfig, cache: Cache, only_missing: bool, counts: Counter) -> list[Episode]:
     """The episodes with their difficulties, in their order."""
-    slots, asked = asyncio.Semaphore(config.requests), {}
+    slots, asked = asyncio.Semaphore(config.in_flight), {}
+    failures = 0
 
     async def one(episode: Episode) -> Episode:
         if only_missing and episode.difficulty is not None:
@@ -121,32 +149,34 @@ async def _rate_all(episodes: Sequence[Episode], config: RatingConfig, cache: Ca
         else:
             if key not in asked:  # the same question twice in a shard is asked once
                 asked[key] = group.create_task(ask(key, episode))
-            if not await asked[key]:
+            if reason := await asked[key]:
                 counts["unrated"] += 1
+                counts[reason] += 1
                 return replace(episode, difficulty=None)
         return replace(episode, difficulty=difficulty_of(cache.ratings[key]))
 
-    async def ask(key: str, episode: Episode) -> bool:
+    async def ask(key: str, episode: Episode) -> str | None:
+        """Why the episode stays unrated; None: its ratings are in the cache."""
+        nonlocal failures
         async with slots:
             try:
-                ratings = await _ask(client, episode, config)
+                ratings = await _ask(rater, episode, config)
             except Unrated as error:
                 print(f"unrated: {episode.episode_id}: {error}", file=sys.stderr, flush=True)
-                failures.append(str(error))
-                if len(failures) > config.max_failures:
+                failures += 1
+                if failures > config.max_failures:
                     remedy = f"mend the cause and run the command again: it goes on from {CACHE}"
-                    raise UserError(f"{len(failures)} episodes could not be rated, last: {error}", remedy) from error
-                return False
+                    raise UserError(f"{failures} episodes could not be rated, last: {error}", remedy) from error
+                return error.reason
         cache.add(key, episode.episode_id, ratings)
         counts["asked"] += 1
-        return True
+        if counts["asked"] % PROGRESS_EVERY == 0:
+            print(f"so far {summary(counts)}", file=sys.stderr, flush=True)
+        return None
 
-    failures: list[str] = []
-    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
     try:
-        async with httpx.AsyncClient(base_url=config.endpoint.rstrip("/"), headers=headers, timeout=config.timeout_seconds) as client:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(e)) for e in episodes]
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(e)) for e in episodes]
     except* UserError as errors:
         stopped = errors.exceptions[0]
     else:
@@ -154,49 +184,30 @@ async def _rate_all(episodes: Sequence[Episode], config: RatingConfig, cache: Ca
     raise stopped
 
 
-async def _ask(client: httpx.AsyncClient, episode: Episode, config: RatingConfig) -> dict[str, float]:
-    """The ratings of one episode. Raises Unrated after `tries`, UserError if the endpoint will refuse every other request too."""
+async def _ask(rater: Rater, episode: Episode, config: RatingConfig) -> dict[str, float]:
+    """The ratings of one episode. Raises Unrated after `tries`, UserError if every other question will fail too."""
     try:
-        body = await asyncio.to_thread(_request, episode, config)
+        messages = await asyncio.to_thread(_messages, episode, config)
     except VideoError as error:
-        raise Unrated(str(error)) from error
-    cause = ""
+        raise Unrated("unreadable frames", str(error)) from error
+    temperature, cause = 0.0, ""
     for attempt in range(config.tries):
         if attempt:
             await asyncio.sleep(config.first_pause_seconds * 2 ** (attempt - 1))
         try:
-            response = await client.post("/chat/completions", json=body)
-            if response.status_code in (401, 403, 404):
-                raise UserError(f"{config.endpoint} answers {response.status_code}: {response.text[:300]}", "check --endpoint, --model and the key in --api-key-env")
-            if response.status_code < 500 and response.status_code not in (200, *_RETRIED):
-                raise Unrated(f"status {response.status_code}: {response.text[:300]}")
-            if response.status_code == 200:
-                return read_ratings(_content(response), config.variant)
-            cause = f"status {response.status_code}: {response.text[:300]}"
+            return read_ratings(await rater.reply(messages, temperature), config.variant)
         except BadReply as error:
+            temperature, cause = 0.7, str(error)  # the greedy reply would be the same again
+        except TryAgain as error:
             cause = str(error)
-            body["temperature"] = 0.7  # the greedy reply would be the same again
-        except httpx.HTTPError as error:
-            cause = f"{type(error).__name__}: {error}"
-    raise Unrated(f"{config.tries} tries, last: {cause}")
+    raise Unrated("no ratings in the replies" if temperature else "no reply", f"{config.tries} tries, last: {cause}")
 
 
-def _content(response: httpx.Response) -> str:
-    try:
-        content = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise BadReply(f"not a chat completion: {response.text[:200]!r}", "check --endpoint") from error
-    if not isinstance(content, str):
-        raise BadReply(f"a chat completion whose content is {content!r}", "use a model that answers in text")
-    return content
-
-
-def _request(episode: Episode, config: RatingConfig) -> dict:
-    video = open_video(episode.video_path)
-    frames = [read_frame(video, t) for t in uniform_frames(episode.num_frames, config.frames)]
-    images = [{"type": "image_url", "image_url": {"url": _data_url(frame, config.side)}} for frame in frames]
-    text = {"type": "text", "text": rating_prompt(episode.query, config.variant)}
-    return {"model": config.model, "messages": [{"role": "user", "content": [*images, text]}], "temperature": 0.0, "max_tokens": 1024}
+def _messages(episode: Episode, config: RatingConfig) -> list[dict]:
+    """The chat that asks: the frames in order, then the text."""
+    frames = read_frames(episode.video_path, uniform_frames(episode.num_frames, config.frames))
+    images = [{"type": "image_url", "image_url": {"url": _data_url(frames[t], config.side)}} for t in sorted(frames)]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": rating_prompt(episode.query, config.variant)}]}]
 
 
 def _data_url(frame, side: int) -> str:

@@ -166,7 +166,10 @@ def serve(connection_handle: int) -> None:
     connection, opened = Connection(connection_handle), lru_cache(OPEN_VIDEOS)(open_video)
     connection.send("ready")
     while True:
-        path, numbers = connection.recv()
+        try:
+            path, numbers = connection.recv()
+        except EOFError:
+            return
         try:
             video = opened(path)
             if numbers is None and isinstance(video, ImageFolder):

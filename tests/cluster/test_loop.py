@@ -40,11 +40,13 @@ def resolved(toy_data, *more):
 
 @pytest.fixture(scope="module")
 def run(ray_session, toy_data, tmp_path_factory):
-    """A finished, deterministic run of three steps, its difficulties half rated and half from its groups' success."""
+    """A finished, deterministic run of three steps, its difficulties half rated and half from its groups' success, its hard budget
+    widened by the policy's uncertainty."""
     from cluster import trainer
 
     folder = run_folder.plan(tmp_path_factory.mktemp("runs"), "three", "debug")
-    trainer.train(resolved(toy_data, "loop.steps=3", "loop.deterministic=true", "difficulty.source=blend", "difficulty.success=mask_iou"), folder)
+    asked = ["difficulty.source=blend", "difficulty.success=mask_iou", "reward.length.uncertainty_scale=25"]
+    trainer.train(resolved(toy_data, "loop.steps=3", "loop.deterministic=true", *asked), folder)
     return folder
 
 
@@ -132,6 +134,25 @@ def test_difficulties_follow_the_groups_success(run, toy_data):
     assert json.loads((checkpoint.path / "difficulty.json").read_text()) == {"rates": pytest.approx(shares)}
 
 
+def test_the_uncertainty_is_the_policys(run, toy_data):
+    """As logged for the first step: 1 - (p1 - p2), mean over tokens and then completions, from a forward pass of transformers."""
+    from cluster.draws import Draws
+    from rollout.fingerprints import policy_fingerprints
+    from tests.rollout.parity import load_policy, transformers_distribution
+
+    folder = str(TOY / "policy")
+    policy, banned = load_policy(folder), policy_fingerprints(folder)["banned_token_ids"]
+    draws, _ = Draws.of_run(resolved(toy_data))
+    _, file = next(rollout_log.rollout_files(run.rollouts))
+    uncertainties = []
+    for row in rollout_log.read_rollouts(file):
+        every = np.exp(transformers_distribution(policy, folder, draws.train(row.group).prompt, row.response_token_ids, 1.0, banned))
+        second, first = np.sort(every, axis=1)[:, -2:].T
+        uncertainties.append(np.mean(1 - (first - second)))
+    logged = [record["length/uncertainty"] for record in read_metrics(run.metrics) if "reward/mean" in record]
+    assert len(logged) == 3 and 0 < logged[0] < 1 and logged[0] == pytest.approx(np.mean(uncertainties), abs=1e-4)
+
+
 def test_a_resumed_run_repeats_the_uninterrupted_one(run, tmp_path):
     """Resumed from step 2 in the deterministic mode: the same step 3 to the last bit, and then step 4."""
     from cluster import trainer
@@ -163,7 +184,7 @@ def test_engines_in_a_run_equal_one_started_from_the_export(ray_session, toy_dat
     from cluster.progress import Progress
     from cluster.run import Run
 
-    settings = resolved(toy_data, "eval.episodes=6", "learner.lr=1e-3")
+    settings = resolved(toy_data, "eval.episodes=6", "learner.lr=1e-3", "difficulty.source=online")
     draws, held_out = Draws.of_run(settings)
     greedy = settings.rollout.sampling().greedy()
     exported = tmp_path / "exported"
@@ -177,7 +198,9 @@ def test_engines_in_a_run_equal_one_started_from_the_export(ray_session, toy_dat
             run = await Run.start(settings, settings, run_folder.plan(tmp_path, "one", "debug"), draws, held_out, None, progress)
         try:
             before = await answers(run.actors.engines[0])
-            await trainer.learn(run, await run.collect())
+            groups = await run.collect()
+            assert all(g.difficulty == 10 - 9 * np.mean(np.array(g.box_ious) > 0.5) for g in groups)  # online, seen for the first time
+            await trainer.learn(run, groups)
             served = await answers(run.actors.engines[0])
             await run.actors.learners[0].export.remote(str(exported))
         finally:

@@ -1,17 +1,26 @@
-"""Offline rating of difficulty, against a fake of someone else's endpoint on a real port that can be told to misbehave."""
+"""Offline rating of difficulty, against a fake of someone else's endpoint on a real port that can be told to misbehave, and in vLLM."""
 
+import base64
+import dataclasses
+import io
 import json
+import re
 import threading
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import jsonschema
+import numpy as np
 import pytest
+from PIL import Image
 
 from cluster import cli, rate_difficulty
-from cluster.difficulty_ratings import VARIANTS, BadReply, rating_prompt, read_ratings
+from cluster.difficulty_ratings import VARIANTS, BadReply, rating_prompt, rating_schema, read_ratings
 from cluster.errors import UserError
 from cluster.rate_difficulty import RatingConfig, rate_data
-from rollout.episodes import read_episodes
-from segmentation_service.video import open_video
+from cluster.raters import VllmRater
+from rollout.episodes import read_episodes, write_episodes
+from segmentation_service.video import open_video, read_frames
 
 FIVE = {"scene_complexity": 2, "segmentation_challenge": 4, "temporal_ambiguity": 1, "motion_complexity": 3.5, "linguistic_ambiguity": 7}
 
@@ -140,7 +149,27 @@ def test_episodes_that_cannot_be_rated_stay_without(endpoint, data, tmp_path, ca
     counts = rate_data(data, tmp_path / "rated", config(endpoint, max_failures=50))
     rated = {e.episode_id: e.difficulty for e in read_episodes(tmp_path / "rated")}
     assert rated[chosen.episode_id] is None and counts["unrated"] == list(rated.values()).count(None) < len(rated)
+    assert counts["refused"] == counts["unrated"]
     assert f"unrated: {chosen.episode_id}: status 400: too large" in capsys.readouterr().err
+
+
+def test_the_schema_lets_only_ratings_through(endpoint, data, tmp_path):
+    rate_data(data, tmp_path / "rated", config(endpoint, variant="pixelthink"))
+    asked = endpoint.requests[0][2]["response_format"]
+    assert asked["type"] == "json_schema" and asked["json_schema"]["strict"] is True
+    valid = jsonschema.Draft202012Validator(asked["json_schema"]["schema"]).is_valid
+    three = dict.fromkeys(VARIANTS["pixelthink"], 10)
+    assert valid(three) and valid(three | {"scene_complexity": 1})
+    assert not any(valid(three | {"scene_complexity": bad}) for bad in (0, 11, 2.5, "3", None))
+    assert not valid(three | {"more": 1}) and not valid({name: 5 for name in list(three)[1:]})
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_an_endpoint_without_schemas_is_asked_without(endpoint, data, tmp_path, status):
+    endpoint.misbehave = lambda n, body: (status, "response_format is not supported") if "response_format" in body else None
+    total = len(list(read_episodes(data)))
+    assert rate_data(data, tmp_path / "rated", config(endpoint, requests=1))["asked"] == total
+    assert ["response_format" in body for _, _, body in endpoint.requests] == [True] + [False] * total
 
 
 def test_ratings_that_are_there_can_be_kept(endpoint, data, tmp_path):
@@ -163,7 +192,16 @@ def test_nobody_listens(endpoint, data, tmp_path):
         rate_data(data, tmp_path / "rated", config(endpoint, tries=2))
 
 
-@pytest.mark.parametrize("changes, named", [({"endpoint": "localhost:8000"}, "localhost:8000"), ({"frames": 0}, "frames=0"), ({"tries": 0}, "tries=0")])
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"endpoint": "localhost:8000"}, "localhost:8000"),
+        ({"frames": 0}, "frames=0"),
+        ({"tries": 0}, "tries=0"),
+        ({"requests": 0}, "requests=0"),
+        ({"vllm": {"max_model_len": 9000}}, "max_model_len with an endpoint"),
+    ],
+)
 def test_settings_that_cannot_be(changes, named):
     with pytest.raises(UserError, match=named):
         RatingConfig(**{"endpoint": "http://localhost:8000/v1", "model": "a-vlm"} | changes)
@@ -173,6 +211,68 @@ def test_the_episodes_are_never_overwritten(endpoint, data):
     with pytest.raises(UserError, match="the episodes themselves"):
         rate_data(data, data / ".", config(endpoint))
     assert not endpoint.requests and not (data / rate_difficulty.CACHE).exists()
+
+
+def test_a_model_that_is_nowhere(data, tmp_path):
+    with pytest.raises(UserError, match="--model = 'nowhere': no such file"):
+        rate_data(data, tmp_path / "rated", RatingConfig(model="nowhere"))
+
+
+def test_a_model_in_vllm_here(data, tmp_path, monkeypatch):
+    """A random model can only rate because its replies are held to the schema; what it rates is what transformers would choose.
+    An episode that is too long and one without frames stay unrated; what is in the cache starts no model."""
+    from tests.rollout.parity import load_policy
+    from tests.rollout.tiny_policy import build_tiny_policy
+
+    model = build_tiny_policy(tmp_path / "model", tie=False, scale=0.1)
+    episodes = [dataclasses.replace(e, video=str(e.video_path.resolve())) for e in read_episodes(data)]
+    long = dataclasses.replace(episodes[0], episode_id="long", query="q" * 2048)
+    blind = dataclasses.replace(episodes[0], episode_id="blind", query="which?", video=str(tmp_path / "nowhere"))
+    write_episodes([*episodes, long, blind], tmp_path / "data" / "episodes.parquet")
+    replies, ask = [], VllmRater.reply
+
+    async def recorded(rater, messages, temperature):
+        replies.append((messages, await ask(rater, messages, temperature)))
+        return replies[-1][1]
+
+    monkeypatch.setattr(VllmRater, "reply", recorded)
+    here = RatingConfig(model=model, frames=3, vllm={"dtype": "float32", "max_model_len": 2048}, max_failures=2)
+    counts = rate_data(tmp_path / "data", tmp_path / "rated", here)
+    assert counts == {"asked": len(episodes), "cached": 0, "kept": 0, "unrated": 2, "over the context length": 1, "unreadable frames": 1}
+    rated = {e.episode_id: e.difficulty for e in read_episodes(tmp_path / "rated")}
+    assert rated.pop("long") is None and rated.pop("blind") is None and all(1 <= difficulty <= 10 for difficulty in rated.values())
+    for _, reply in replies:
+        jsonschema.validate(json.loads(reply), rating_schema("videoseg_r1"))
+    assert len(replies) == len(episodes) and len({reply for _, reply in replies}) > 2  # else they would tell nothing
+    policy = load_policy(model)
+    for messages, reply in replies[:4]:
+        assert_transformers_would_choose(model, policy, messages, reply)
+
+    again = dataclasses.replace(here, vllm={"no_such_option": 1})
+    assert rate_data(data, tmp_path / "rated", again)["cached"] == len(episodes)
+    with pytest.raises(UserError, match="vLLM cannot run .*no_such_option"):
+        rate_data(data, tmp_path / "rated", dataclasses.replace(again, frames=2))
+
+
+def assert_transformers_would_choose(folder, policy, messages, reply):
+    """The first digit of every rating is the likeliest of 1 to 9 after all that stands before it."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    from rollout.prompts import expand_pads
+    from tests.rollout.parity import transformers_distribution
+
+    *shown, text = messages[0]["content"]
+    images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(i["image_url"]["url"].partition(",")[2])))) for i in shown]
+    grid_thw = AutoImageProcessor.from_pretrained(folder)(images=images)["image_grid_thw"].numpy()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": [{"type": "image"}] * len(images) + [text]}]
+    short_ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    token_ids = expand_pads(short_ids, tokenizer.convert_tokens_to_ids("<|image_pad|>"), grid_thw.prod(1) // 4)
+    prompt = types.SimpleNamespace(images=images, grid_thw=grid_thw, token_ids=token_ids)
+    every = transformers_distribution(policy, folder, prompt, tokenizer(reply)["input_ids"], 1.0, (), resize=True)
+    digits = tokenizer.convert_tokens_to_ids(list("123456789"))
+    places = [match.end() for match in re.finditer(": ?", reply)]  # in bytes, and so in tokens
+    assert [reply[place] for place in places] == [str(1 + every[place][digits].argmax()) for place in places] and len(places) == 5
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ def transformers_logprobs(model, folder, prompt, response_ids, temperature, bann
     return np.take_along_axis(every, np.asarray(response_ids, np.int64)[:, None], axis=1)[:, 0]
 
 
-def transformers_distribution(model, folder, prompt, response_ids, temperature, banned):
+def transformers_distribution(model, folder, prompt, response_ids, temperature, banned, resize=False):
     """Float32 log-probs (R, V) of every token where those of `response_ids` stand: banned ids masked, logits divided by the
-    temperature, log-softmax.
+    temperature, log-softmax. `resize` lets the processor bring the images to size.
 
     Note `mm_token_type_ids`: without them transformers 5 silently gives the images one-dimensional text positions.
     """
@@ -28,7 +28,7 @@ def transformers_distribution(model, folder, prompt, response_ids, temperature, 
     from transformers import AutoImageProcessor
 
     processor = AutoImageProcessor.from_pretrained(folder)
-    images = processor(images=[Image.fromarray(image) for image in prompt.images], do_resize=False, return_tensors="pt")
+    images = processor(images=[Image.fromarray(image) for image in prompt.images], do_resize=resize, return_tensors="pt")
     assert np.array_equal(images["image_grid_thw"].numpy(), prompt.grid_thw)
     ids = torch.as_tensor(np.concatenate([prompt.token_ids, response_ids]), dtype=torch.long)[None]
     with torch.no_grad():
