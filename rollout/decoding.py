@@ -1,7 +1,7 @@
 """Frames decoded in a pool of processes, with a time limit for each video: one that hangs or crashes its decoder costs that process.
 
-Threads would decode as fast (FFmpeg and Pillow release the interpreter's lock), but a thread that hangs cannot be ended, and a
-fault inside a decoder would end the run. Paths and frame numbers go to a process, and a handle of shared memory comes back.
+Threads would decode as fast or faster (FFmpeg and Pillow release the interpreter's lock), but a thread that hangs cannot be ended,
+and a fault inside a decoder would end the run. Paths and frame numbers go to a process, and a handle of shared memory comes back.
 """
 
 from __future__ import annotations
