@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import itertools
-import json
-import os
 import random
 import sys
 import tempfile
@@ -30,7 +28,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from benchmarks.side_by_side import in_turns, machine
+from benchmarks.side_by_side import in_turns, machine, publish
 from rollout.decoding import Decoders
 from segmentation_service.video_file import VideoFile
 
@@ -224,13 +222,7 @@ def main() -> None:
                 record["frames_per_second"][file.name] = speeds(file, args.rounds)
         if "soak" in chosen:
             record["soak"] = soak(files, args.reads)
-    text = json.dumps(record, indent=1)
-    if args.json:
-        partial_file = args.json.with_suffix(".partial")
-        partial_file.write_text(text + "\n")
-        os.replace(partial_file, args.json)
-    else:
-        print(text)
+    publish(record, args.json)
 
 
 if __name__ == "__main__":

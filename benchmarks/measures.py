@@ -9,8 +9,6 @@ ratio taken within a round; the largest difference of the values.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import numpy as np
 import torch
 
 import plain_measures
-from side_by_side import in_turns, machine, ratio
+from side_by_side import in_turns, machine, publish, ratio
 from reward_service.measures import boundary_f
 
 HW = (480, 854)
@@ -72,13 +70,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     record = {"machine": machine(1), "f": f(args.rounds)}
-    text = json.dumps(record, indent=1) + "\n"
-    if args.json:
-        partial = args.json.with_suffix(".partial")
-        partial.write_text(text)
-        os.replace(partial, args.json)
-    else:
-        print(text, end="")
+    publish(record, args.json)
     print("\n".join(lines(record)), file=sys.stderr)
 
 

@@ -199,7 +199,7 @@ def main() -> None:
         return
     if args.peer_python is None and "rates" in (args.only or QUESTIONS):
         parser.error("rates compares with a peer: give --peer-python, or --only ten_million")
-    from side_by_side import machine
+    from side_by_side import machine, publish
 
     if not args.shard.exists():
         args.shard.parent.mkdir(parents=True, exist_ok=True)
@@ -214,11 +214,9 @@ def main() -> None:
             about["peer"] = subprocess.run([args.peer_python, "-c", "import datasets; print('datasets', datasets.__version__)"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
         record[name] = {**about, "results": QUESTIONS[name](args.shard, args.peer_python, args.rounds)}
         if args.json:
-            partial = args.json.with_suffix(".partial")
-            partial.write_text(json.dumps(record, indent=1) + "\n")
-            os.replace(partial, args.json)
+            publish(record, args.json)
     if not args.json:
-        print(json.dumps(record, indent=1))
+        publish(record, None)
     print(table(record), file=sys.stderr)
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import sys
 import time
 import tracemalloc
@@ -25,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import scipy.optimize  # noqa: F401 (else the first answer that is matched waits for it)
 
-from side_by_side import machine
+from side_by_side import machine, publish
 from reward_service import FrameTarget, RewardConfig, Target, parse_answer, score, score_group
 from reward_service.config import FORMULAS
 
@@ -248,13 +247,7 @@ def main() -> None:
     gc.disable()
     for name in args.only or QUESTIONS:
         record[name] = text(args.rounds, args.largest) if name == "text" else completions(args.rounds)
-    written = json.dumps(record, indent=1) + "\n"
-    if args.json:
-        partial = args.json.with_suffix(".partial")
-        partial.write_text(written)
-        os.replace(partial, args.json)
-    else:
-        print(written, end="")
+    publish(record, args.json)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from plain_xmem import PlainMemory, PlainXMem
-from side_by_side import in_turns, machine, ratio
+from side_by_side import in_turns, machine, publish, ratio
 from segmentation_service.config import PropagationConfig
 from segmentation_service.propagation import Propagator
 from segmentation_service.segmenter import ObjectPrompt, Segmenter
@@ -275,11 +275,9 @@ def main() -> None:
         with torch.inference_mode():
             record[name] = {"machine": machine(args.threads), **QUESTIONS[name]()}
         if args.json:
-            partial = args.json.with_suffix(".partial")
-            partial.write_text(json.dumps(record, indent=1) + "\n")
-            os.replace(partial, args.json)
+            publish(record, args.json)
     if not args.json:
-        print(json.dumps(record, indent=1))
+        publish(record, None)
     print(table(record), file=sys.stderr)
 
 

