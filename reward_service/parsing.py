@@ -111,8 +111,9 @@ def _loose_objects(data) -> tuple[tuple[AnswerObject, ...], float | None]:
     keyframe = None
     if type(data) is dict:
         keyframe = next((data[k] for k in _FRAME_KEYS if _numbers([data.get(k)], 1)), None)
-        boxes = data.get("bbox_2d_list")
-        data = [{"bbox_2d": box} for box in boxes[:MAX_OBJECTS]] if type(boxes) is list else [data]
+        if type(boxes := data.get("bbox_2d_list")) is list:
+            return tuple([AnswerObject(box, (), (), n) for n, one in enumerate(boxes[:MAX_OBJECTS]) if (box := _numbers(one, 4))]), keyframe
+        data = [data]
     if type(data) is not list:
         return (), None
     objects = []
@@ -120,10 +121,10 @@ def _loose_objects(data) -> tuple[tuple[AnswerObject, ...], float | None]:
         if type(item) is not dict:
             continue
         if keyframe is None:
-            keyframe = next((item[k] for k in _FRAME_KEYS if _numbers([item.get(k)], 1)), None)
-        box = next((b for b in (_numbers(item.get(k), 4) for k in _BOX_KEYS) if b), None)
-        points = tuple(p for k in _POINT_KEYS for p in _points(item.get(k)))
+            keyframe = next((item[k] for k in _FRAME_KEYS if k in item and _numbers([item[k]], 1)), None)
+        box = next((b for b in [_numbers(item[k], 4) for k in _BOX_KEYS if k in item] if b), None)
+        points = tuple([p for k in _POINT_KEYS if k in item for p in _points(item[k])])
         if box or points:
-            negative = tuple(p for k in _NEGATIVE_KEYS for p in _points(item.get(k)))
+            negative = tuple([p for k in _NEGATIVE_KEYS if k in item for p in _points(item[k])])
             objects.append(AnswerObject(box, points, negative, index))
     return tuple(objects), keyframe

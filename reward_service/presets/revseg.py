@@ -37,7 +37,7 @@ def group_terms(answers, target: Target, config, predicted_masks):
     to_answer, to_target = factors(answers, target, config)
     true = {frame: _round_all(target.frame_boxes(frame), to_target) for frame in target.frames} if chosen else {}
     areas = {frame: 0.0 if box is None else float(np.prod(box[2:] - box[:2] + 1)) for frame, box in true.items()}
-    out = []
+    out, chosen_boxes = [], {frame: [] for frame in true}
     for answer in answers:
         first, second = _turns(answer.text)
         _, frame = _loose_objects(decoded(first_answer(first)))
@@ -45,12 +45,15 @@ def group_terms(answers, target: Target, config, predicted_masks):
         box = next((one.box for one in objects if one.box), None)
         parsed = (frame is not None, box is not None)
         good = sum(has_think_format(turn) + ok for turn, ok in zip((first, second), parsed))
-        row = {"segmentation_format": good / 4, "keyframe": _area_share(frame, areas), "iou": 0.0}
+        out.append({"segmentation_format": good / 4, "keyframe": _area_share(frame, areas), "iou": 0.0})
         if all(parsed) and true.get(frame) is not None:
-            predicted = np.array([box], dtype=np.float64) * (to_answer * 2)
-            row["iou"] = float(matching.box_iou_matrix(predicted, true[frame][None])[0, 0] > config.iou_threshold)
-        out.append(({name: value for name, value in row.items() if getattr(config.weights, name)}, {}))
-    return out
+            chosen_boxes[frame].append((out[-1], box))
+    for frame, rows in chosen_boxes.items():
+        if rows:
+            predicted = np.array([box for _, box in rows], dtype=np.float64) * (to_answer * 2)
+            for (row, _), overlap in zip(rows, matching.box_iou_matrix(predicted, true[frame][None])[:, 0]):
+                row["iou"] = float(overlap > config.iou_threshold)
+    return [({name: value for name, value in row.items() if getattr(config.weights, name)}, {}) for row in out]
 
 
 def _turns(text: str) -> tuple[str, str]:

@@ -10,11 +10,13 @@ The published code works on 560x560 images and masks: give the target that size 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from itertools import accumulate
 
 import numpy as np
 
 from reward_service import terms
-from reward_service.presets.vision_reasoner import decoded, iou_matrix, numbers, scaled_array
+from reward_service.presets.vision_reasoner import all_plain, decoded, iou_matrix, numbers, scaled_array
 from reward_service.space import factors
 from reward_service.tags import first_answer, first_answer_object, has_think_format
 from reward_service.target import MissingInput, Target, union_of
@@ -41,12 +43,11 @@ def group_terms(answers, target: Target, config, predicted_masks):
     to_answer, to_target = factors(answers, target, config)
     frames = target.frames or {}
     areas = {f: int(target.frame_union(f).sum()) for f in frames} if weights.keyframe or weights.video_iou else {}
-    boxes = {f: target.frame_boxes(f) for f in frames} if weights.iou or weights.video_iou else {}
+    truths = {f: _truth(target.frame_boxes(f), config, to_target) for f in frames} if weights.iou or weights.video_iou else {}
+    said = [decoded(first_answer(answer.text)) for answer in answers]
+    named = [_frame(data, frames) for data in said]
     out = []
-    for i, answer in enumerate(answers):
-        data = decoded(first_answer(answer.text))
-        frame = _frame(data, frames)
-        overlap, matched = _matched(data, boxes.get(frame), config, to_answer, to_target)
+    for i, (answer, frame, (overlap, matched)) in enumerate(zip(answers, named, _matches(said, named, truths, config, to_answer))):
         row = {"think_format": float(has_think_format(answer.text)), "segmentation_format": _format(answer.text), "iou": overlap}
         if weights.keyframe:
             row["keyframe"] = areas[frame] / max(areas.values()) if frame is not None and any(areas.values()) else 0.0
@@ -65,7 +66,7 @@ def _format(text: str) -> float:
             return 0.0
     except Exception:  # published: any exception makes the term 0
         return 0.0
-    right = [isinstance(b, list) and len(b) == 4 and all(isinstance(v, (int, float)) for v in b) for b in boxes]
+    right = [type(b) is list and len(b) == 4 and set(map(type, b)) <= {int, float, bool} for b in boxes]
     return sum(right) / len(right) if right else 0.0
 
 
@@ -78,24 +79,49 @@ def _frame(data, frames):
     return frame if frame in frames else None
 
 
-def _matched(data, given, config, to_answer, to_target) -> tuple[float, dict]:
-    """(sum of matched IoU over max(M, N), the boxes of the answer that were matched, by their place in it). given: boxes of the frame."""
+def _truth(given, config, to_target) -> np.ndarray:
+    """(N, 4) boxes of a frame. Published: an absent object is the box of zeros, and a frame without any object has a single one."""
+    true = [[0, 0, 0, 0] if box is None else list(box) for box in given] if any(b is not None for b in given) else [[0, 0, 0, 0]]
+    return scaled_array(true[: config.max_objects], to_target)
+
+
+def _matches(said, named, truths, config, factor) -> list[tuple[float, dict]]:
+    """Of each answer (sum of matched IoU over max(M, N), its matched boxes by their place in it)."""
+    answered = [_answered(data, config.max_objects) for data in said]
+    out = [(0.0, {})] * len(said)
+    for frame, true in truths.items():
+        those = [n for n, name in enumerate(named) if name == frame]
+        plain = [n for n in those if all_plain(answered[n], 4)]
+        for n in set(those) - set(plain):
+            with suppress(Exception):  # published: any exception makes both accuracies 0
+                out[n] = _matched(_overlap(numbers(answered[n]), true, factor), answered[n], len(true))
+        if plain:
+            overlap_PN = _overlap(np.array([box for n in plain for box in answered[n]], dtype=np.float64), true, factor)
+            ends = list(accumulate(len(answered[n]) for n in plain))
+            for n, start, end in zip(plain, [0, *ends], ends):
+                with suppress(ValueError):  # of the assignment, as an area of 0 made a NaN or an infinity
+                    out[n] = _matched(overlap_PN[start:end], answered[n], len(true))
+    return out
+
+
+def _answered(data, most: int) -> list:
+    try:
+        return list(data["bbox_2d_list"])[:most]
+    except Exception:
+        return []
+
+
+def _overlap(boxes, true, factor) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return iou_matrix(scaled_array(boxes, factor), true).astype(float)
+
+
+def _matched(overlap_MN, answered, objects: int) -> tuple[float, dict]:
     from scipy.optimize import linear_sum_assignment
 
-    if given is None:
-        return 0.0, {}
-    # Published: an absent object is the box of zeros, and a frame without any object has a single one.
-    true = [[0, 0, 0, 0] if box is None else list(box) for box in given] if any(b is not None for b in given) else [[0, 0, 0, 0]]
-    true = scaled_array(true[: config.max_objects], to_target)
-    try:
-        with np.errstate(all="ignore"):
-            answered = list(data["bbox_2d_list"])[: config.max_objects]
-            boxes = scaled_array(numbers(answered), to_answer)
-            overlap = iou_matrix(boxes, true).astype(float)
-            rows, columns = linear_sum_assignment(1.0 - overlap)  # raises on NaN and infinities
-            value = float(overlap[rows, columns].sum()) / max(len(boxes), len(true))
-    except Exception:  # published: any exception makes both accuracies 0
-        return 0.0, {}
+    with np.errstate(all="ignore"):
+        rows, columns = linear_sum_assignment(1.0 - overlap_MN)
+        value = float(overlap_MN[rows, columns].sum()) / max(len(answered), objects)
     return min(1.0, max(0.0, value)), {n: answered[n] for n in rows.tolist()}
 
 

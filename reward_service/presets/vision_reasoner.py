@@ -8,6 +8,9 @@ format and no accuracy, so nothing can be right where there is nothing to find; 
 from __future__ import annotations
 
 import json
+import math
+from contextlib import suppress
+from itertools import accumulate, chain
 
 import numpy as np
 
@@ -27,6 +30,7 @@ CONFIG = {
     "max_repeats": 2,
 }
 SETTINGS = ("iou_threshold", "box_l1_threshold", "point_threshold", "space", "space_size", "max_objects", "max_repeats")
+LIMIT = 1 << 24  # areas of such boxes are exact in float64
 MAXIMA = {"think_format": 1.0, "segmentation_format": 2.0, "iou": 1.0, "box_l1": 1.0, "point": 1.0, "no_repeat": 1.0}
 
 
@@ -35,10 +39,11 @@ def group_terms(answers, target: Target, config, predicted_masks):
     to_answer, to_target = factors(answers, target, config)
     accurate = config.weights.iou or config.weights.box_l1 or config.weights.point
     truth = _truth(target, to_target) if accurate else None
+    decoded_answers = [decoded(first_answer(answer.text)) for answer in answers]
+    accuracies = _accuracies(decoded_answers, *truth, config, to_answer) if accurate else [()] * len(answers)
     out = []
-    for answer in answers:
-        data = decoded(first_answer(answer.text))
-        row = dict(zip(("iou", "box_l1", "point"), _accuracy(data, *truth, config, to_answer))) if accurate else {}
+    for answer, data, accuracy in zip(answers, decoded_answers, accuracies):
+        row = dict(zip(("iou", "box_l1", "point"), accuracy))
         row["think_format"] = float(has_think_format(answer.text))
         row["segmentation_format"] = _format(data)
         row["no_repeat"] = terms.no_repeat(answer.text, config.max_repeats)
@@ -73,6 +78,15 @@ def numbers(rows) -> np.ndarray:
     return np.asarray(rows)
 
 
+def all_plain(rows, columns: int) -> bool:
+    """Whether these are lists of so many integers and floats below LIMIT: float64 gives the published values of them, whatever dtype
+    numpy would have chosen, so that the answers of a group can share one array."""
+    if not rows or not all(type(row) is list and len(row) == columns for row in rows):
+        return False
+    flat = list(chain.from_iterable(rows))
+    return set(map(type, flat)) <= {int, float} and -LIMIT < min(flat) and max(flat) < LIMIT and not math.isnan(sum(flat))
+
+
 def scaled_array(values, factor_xy):
     """Columns x, y, x, y, ... times the factor; untouched, dtype included, when it is 1."""
     values = np.asarray(values)
@@ -103,27 +117,48 @@ def _format(data) -> float:
     return min(total, 2.0)  # sums of 2 / n can end just above it
 
 
-def _accuracy(data, true_boxes, true_points, config, factor) -> list[float]:
-    """[iou, box_l1, point] of the matched pairs over max(M, N); zeros when anything in the answer breaks the arithmetic."""
+def _accuracies(group, true_boxes, true_points, config, factor) -> list[list[float]]:
+    """Of each answer [iou, box_l1, point]: means of the matched pairs over max(M, N); zeros when anything in it breaks the arithmetic."""
+    truth = true_boxes[: config.max_objects], true_points[: config.max_objects]
+    said = [_boxes_and_points(data, config.max_objects) for data in group]
+    plain = [n for n, (boxes, points) in enumerate(said) if all_plain(boxes, 4) and all_plain(points, 2)]
+    out = [[0.0, 0.0, 0.0]] * len(group)
+    for n in set(range(len(group))) - set(plain):
+        with suppress(Exception):  # published: any exception makes the accuracy 0
+            boxes, points = map(numbers, said[n])
+            out[n] = _matched(_values(boxes, points, *truth, config, factor), len(boxes))
+    if plain:
+        ends = list(accumulate(len(said[n][0]) for n in plain))
+        together = (np.array([row for n in plain for row in said[n][k]], dtype=np.float64) for k in (0, 1))
+        values_KPN = _values(*together, *truth, config, factor)
+        for n, start, end in zip(plain, [0, *ends], ends):
+            out[n] = _matched(values_KPN[:, start:end], end - start)
+    return out
+
+
+def _boxes_and_points(data, most: int) -> tuple[list, list]:
+    try:
+        boxes, points = ([item[key] for item in data][:most] for key in ("bbox_2d", "point_2d"))
+        return boxes, points
+    except Exception:  # published: any exception makes the accuracy 0
+        return [], []
+
+
+def _values(boxes, points, true_boxes, true_points, config, factor) -> np.ndarray:
+    """(3, P, N) whether iou, box_l1 and point of each pair count."""
+    with np.errstate(all="ignore"):
+        boxes, points = scaled_array(boxes, factor), scaled_array(points, factor)
+        overlap = iou_matrix(boxes, true_boxes)
+        corners = np.mean(np.abs(boxes[:, None, :] - true_boxes[None, :, :]), axis=2)
+        apart = np.sqrt(np.sum((points[:, None, :] - true_points[None, :, :]) ** 2, axis=2))
+        x, y = points[:, 0], points[:, 1]
+        inside = (x >= boxes[:, 0]) & (x <= boxes[:, 2]) & (y >= boxes[:, 1]) & (y <= boxes[:, 3])
+        near = (apart < config.point_threshold) & inside[:, None]
+        return np.stack([overlap > config.iou_threshold, corners < config.box_l1_threshold, near]).astype(float)
+
+
+def _matched(values_KMN, answered: int) -> list[float]:
     from scipy.optimize import linear_sum_assignment
 
-    true_boxes, true_points = true_boxes[: config.max_objects], true_points[: config.max_objects]
-    try:
-        with np.errstate(all="ignore"):
-            boxes, points = ([item[key] for item in data][: config.max_objects] for key in ("bbox_2d", "point_2d"))
-            boxes, points = scaled_array(numbers(boxes), factor), scaled_array(numbers(points), factor)
-            overlap = iou_matrix(boxes, true_boxes)
-            corners = np.mean(np.abs(boxes[:, None, :] - true_boxes[None, :, :]), axis=2)
-            apart = np.sqrt(np.sum((points[:, None, :] - true_points[None, :, :]) ** 2, axis=2))
-            x, y = points[:, 0], points[:, 1]
-            inside = (x >= boxes[:, 0]) & (x <= boxes[:, 2]) & (y >= boxes[:, 1]) & (y <= boxes[:, 3])
-            values = [
-                (overlap > config.iou_threshold).astype(float),
-                (corners < config.box_l1_threshold).astype(float),
-                ((apart < config.point_threshold) & inside[:, None]).astype(float),
-            ]
-            rows, columns = linear_sum_assignment(3.0 - sum(values))
-            largest = max(len(boxes), len(true_boxes))
-            return [float(value[rows, columns].sum()) / largest for value in values]
-    except Exception:  # published: any exception makes the accuracy 0
-        return [0.0, 0.0, 0.0]
+    rows, columns = linear_sum_assignment(3.0 - values_KMN.sum(0))
+    return (values_KMN[:, rows, columns].sum(1) / max(answered, values_KMN.shape[2])).tolist()

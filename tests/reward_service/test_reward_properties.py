@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward_service import FrameTarget, RewardConfig, Target, TermWeights, maximum, parse_answer, score
+from reward_service import FrameTarget, RewardConfig, Target, TermWeights, maximum, parse_answer, score, score_group
 from reward_service.config import FORMULAS
+from reward_service.presets import veason_r1, vision_reasoner
 
 MASK = np.zeros((1, 84, 84), bool)
 MASK[0, 10:20, 10:20] = True
@@ -58,6 +59,35 @@ def test_bounds(config, text, length, difficulty, uncertainty):
         assert 0 <= s.total <= maximum(config) + 1e-9 and s.valid
         assert 0 <= s.terms["length_penalty"] <= 1
         assert all(v >= 0 for v in s.terms.values())
+
+
+NEAR = st.tuples(st.sampled_from([[10, 10, 19, 19], [40.5, 40, 60, 60]]), st.lists(st.integers(-2, 2), min_size=4, max_size=4)).map(lambda t: [v + d for v, d in zip(*t)])
+NUMBER = st.integers(-5, 90) | st.floats(0, 84) | st.floats() | st.sampled_from([True, 2**24, 2**31, 10**400])
+BOXES = NEAR | st.lists(NUMBER, min_size=4, max_size=4) | st.lists(NUMBER, max_size=8)
+OBJECTS = st.fixed_dictionaries({"bbox_2d": BOXES, "point_2d": st.lists(st.integers(8, 60), min_size=2, max_size=2) | st.lists(NUMBER, max_size=3)})
+SAID = {
+    "vision_reasoner": st.lists(OBJECTS, max_size=4),
+    "veason_r1": st.fixed_dictionaries({"keyframe_timestamp": st.sampled_from([0, 0, 3, 7, "3"]), "bbox_2d_list": st.lists(BOXES, max_size=4)}),
+    "revseg": st.lists(OBJECTS, max_size=2),
+}
+TWO = Target((84, 84), [[10, 10, 19, 19], [40, 40, 60, 60]], [[[15, 15]], [[50, 50]]], frames={0: FrameTarget([[10, 10, 19, 19], [40, 40, 60, 60]], [MASK[0]] * 2), 3: FrameTarget([None, [40, 40, 60, 60]], [None, MASK[0]])})  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAID)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_group_is_scored_as_each_answer_alone_would_be(name, data):
+    """Alone, and in the dtype that numpy finds for the answer: the published arithmetic, of which the group's shared array must keep each bit."""
+    config = RewardConfig.preset(name)
+    config.space_size = data.draw(st.sampled_from([84, 840]))
+    config.weights.video_iou = 0.0
+    turn = '<think>a</think><answer>[{"frame_idx": 0}]</answer>' if name == "revseg" else ""
+    texts = [f"{turn}<think>b</think><answer>{json.dumps(said)}</answer>" for said in data.draw(st.lists(SAID[name], min_size=1, max_size=4))]
+    together = score_group(texts, TWO, config)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (vision_reasoner, veason_r1):
+            patch.setattr(module, "all_plain", lambda rows, columns: False)
+        assert [score(text, TWO, config).terms for text in texts] == [s.terms for s in together]
 
 
 @settings(max_examples=60, deadline=None)
