@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 from reward_service.answer import Answer, AnswerObject
 from reward_service.tags import END_THINK, _find, answer_region, has_think_format
@@ -10,6 +11,8 @@ from reward_service.tags import END_THINK, _find, answer_region, has_think_forma
 MAX_OBJECTS = 120  # VisionReasoner's cap; also bounds what a completion can ask of the segmenter
 MAX_NEGATIVE_POINTS = 120  # per object, ours, for the same reason
 LIMIT = 1e9  # a coordinate at or past this is no coordinate (also refuses NaN, infinities and integers too big for a float)
+
+NUMERIC = frozenset((int, float))  # not bool
 
 _BOX_KEYS = ("bbox_2d", "bbox", "box", "boxes")
 _POINT_KEYS = ("point_2d", "point", "points_1", "points_2", "positive_points", "points")
@@ -68,13 +71,10 @@ def _strict_objects(items: list) -> tuple[tuple[AnswerObject, ...], int]:
 
 def _numbers(value, n: int):
     """The n numbers as a tuple, or None."""
-    if type(value) is not list or len(value) != n:
+    if type(value) is not list or len(value) != n or not NUMERIC.issuperset(map(type, value)):
         return None
-    for number in value:
-        kind = type(number)
-        if not ((kind is float or kind is int) and -LIMIT < number < LIMIT):
-            return None
-    return tuple(value)
+    in_range = -LIMIT < min(value) and max(value) < LIMIT and not math.isnan(sum(value))  # a NaN makes the sum NaN
+    return tuple(value) if in_range else None
 
 
 def _points(value) -> tuple:

@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Any
 
 from reward_service.answer import Answer
@@ -26,7 +27,7 @@ from reward_service.score_request import (
     ScoreResponse,
     TargetRequest,
 )
-from reward_service.scoring import Score, maximum, score
+from reward_service.scoring import Score, maximum, score_group
 from reward_service.serve_config import RewardServeConfig
 from reward_service.target import FrameTarget, Target
 from segmentation_service.service_request import ServiceError
@@ -61,7 +62,7 @@ class RewardService:
         works = await asyncio.to_thread(self._prepare, request.items)
         if config.needs_predicted_masks or config.needs_video_masks:
             works = await self._with_masks(works, config)
-        scores = await asyncio.to_thread(lambda: tuple(w if isinstance(w, InvalidItem) else _scored(w, config) for w in works))
+        scores = await asyncio.to_thread(lambda: tuple(chain.from_iterable(_scores(list(group), config) for _, group in groupby(works, _prompt))))
         self.counts["requests"] += 1
         self.counts["items"] += len(scores)
         self.counts["invalid"] += sum(isinstance(s, InvalidItem) for s in scores)
@@ -172,18 +173,30 @@ def _rles(masks: Sequence[Any]) -> list[dict | None]:
     return [None if mask is None else mask.model_dump() for mask in masks]
 
 
-def _scored(work: _Work, config: RewardConfig) -> ItemScore | InvalidItem:
-    item = work.item
+def _prompt(work: _Work | InvalidItem) -> Any:
+    """What completions have in common that can be scored as one group."""
+    if isinstance(work, InvalidItem):
+        return None
+    return id(work.target), work.item.difficulty, work.answer.units_hw, work.answer.policy_hw
+
+
+def _scores(works: list[_Work | InvalidItem], config: RewardConfig) -> list[ItemScore | InvalidItem]:
+    """Scores of completions of one prompt, together; where that fails one by one, as only some of them may be at fault."""
+    if isinstance(works[0], InvalidItem):
+        return works
+    items, masks = [work.item for work in works], [work.masks for work in works]
+    masks = masks if any(m is not None for m in masks) else None
+    uncertainties, lengths = [item.uncertainty for item in items], [item.length for item in items]
     try:
-        found = score(work.answer, work.target, config, item.difficulty, item.uncertainty, item.length, work.masks)
-        if not math.isfinite(found.total):
-            raise ValueError(f"the total is {found.total}; the weights or the length are too large")
-        return _item_score(found)
+        found = score_group([work.answer for work in works], works[0].target, config, items[0].difficulty, uncertainties, lengths, masks)
     except Exception as error:
-        return _invalid(error)
+        return [_invalid(error)] if len(works) == 1 else [one for work in works for one in _scores([work], config)]
+    return [_item_score(one) for one in found]
 
 
-def _item_score(found: Score) -> ItemScore:
+def _item_score(found: Score) -> ItemScore | InvalidItem:
+    if not math.isfinite(found.total):
+        return InvalidItem(reason=f"the total is {found.total}; the weights or the length are too large")
     answer = found.answer
     objects = tuple(AnsweredObject(box=o.box, points=o.points, negative_points=o.negative_points) for o in answer.objects)
     return ItemScore(

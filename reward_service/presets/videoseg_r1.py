@@ -11,7 +11,7 @@ from typing import Sequence
 from reward_service import terms
 from reward_service.answer import Answer
 from reward_service.config import TermWeights
-from reward_service.distance import distance_at, near_field
+from reward_service.distance import MaskDistance
 from reward_service.group import Group
 from reward_service.tags import think_text
 from reward_service.target import Target
@@ -64,11 +64,10 @@ def point(group: Group) -> list[float]:
 def negative_point(group: Group) -> list[float]:
     config, target = group.config, group.target
     union = target.union_HW("negative_point")  # asked for even without points: a missing input must not hide
-    graded = config.negative_grading == "graded"
-    reach, pitch_yx = config.negative_reach * (config.graded_reach if graded else 1.0), (group.to_target[1], group.to_target[0])
-    field = target.cached(("taxicab", pitch_yx, reach), lambda: near_field(union, pitch_yx, reach))
+    pitch_yx = group.to_target[::-1]
+    distance = target.cached(("distance", pitch_yx), lambda: MaskDistance(union, pitch_yx))
     points = [[p for one in a.objects[: len(mine)] for p in one.negative_points] for a, mine in zip(group.answers, group.objects)]
-    distances = iter(distance_at([p for mine in points for p in mine], field).tolist())
+    distances = iter(distance.at([p for mine in points for p in mine]).tolist())
     each = ([next(distances) for _ in mine] for mine in points)
     return [terms.negative_points(d, config.negative_reach, config.negative_grading, config.graded_reach) for d in each]
 

@@ -15,6 +15,7 @@ from itertools import accumulate, chain
 import numpy as np
 
 from reward_service import terms
+from reward_service.parsing import NUMERIC
 from reward_service.space import factors
 from reward_service.tags import first_answer, has_think_format
 from reward_service.target import Target
@@ -84,7 +85,7 @@ def all_plain(rows, columns: int) -> bool:
     if not rows or not all(type(row) is list and len(row) == columns for row in rows):
         return False
     flat = list(chain.from_iterable(rows))
-    return set(map(type, flat)) <= {int, float} and -LIMIT < min(flat) and max(flat) < LIMIT and not math.isnan(sum(flat))
+    return NUMERIC.issuperset(map(type, flat)) and -LIMIT < min(flat) and max(flat) < LIMIT and not math.isnan(sum(flat))
 
 
 def scaled_array(values, factor_xy):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward_service import matching, terms
-from reward_service.distance import distance_at, near_field, taxicab_distance
+from reward_service.distance import MaskDistance
 
 NAN = float("nan")
 
@@ -131,21 +131,20 @@ def test_temporal_consistency():
 @given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([(1.0, 1.0), (7.5, 2.0), (1.75, 840 / 854)]), st.integers(0, 2**32 - 1))
 def test_taxicab_distance_is_exact(height, width, pitch, seed):
     mask = np.random.default_rng(seed).random((height, width)) < 0.2
-    measured = taxicab_distance(mask, pitch)
     ys, xs = np.nonzero(mask)
-    for y, x in itertools.product(range(height), range(width)):
+    pixels = list(itertools.product(range(height), range(width)))
+    for (y, x), measured in zip(pixels, MaskDistance(mask, pitch).at([(x, y) for y, x in pixels])):
         brute = min((pitch[0] * abs(y - v) + pitch[1] * abs(x - u) for v, u in zip(ys, xs)), default=np.inf)
-        assert measured[y, x] == pytest.approx(brute, abs=1e-9)
-        assert (measured[y, x] == 0) == mask[y, x]
+        assert measured == pytest.approx(brute, abs=1e-9)
+        assert (measured == 0) == mask[y, x]
 
 
-def test_distance_at_points():
+def test_distance_of_points():
     mask = np.zeros((100, 200), bool)
     mask[50:60, 100:120] = True
     points = [[110, 55], [99, 55], [98.4, 49], [100, 5], [0, 0], [-1, 55], [200, 55], [201, 55], [119.4, 55]]
-    d = distance_at(points, near_field(mask, (1.0, 1.0), 40.0)).tolist()
-    assert d[:4] == [0, 1, 3, np.inf] and d[4:6] == [np.inf, np.inf]  # [100, 5] is 45 away: beyond the reach
-    assert d[6:] == [np.inf, np.inf, 0]  # the right edge is in the image (pixel 199) but 80 away; past it is outside
-    assert distance_at([[1, 1]], near_field(np.zeros((4, 4), bool), (1.0, 1.0), 40.0)).tolist() == [np.inf]
-    assert distance_at([[1, 1]], near_field(np.ones((4, 4), bool), (1.0, 1.0), 40.0)).tolist() == [0]
-    assert distance_at([[121, 55]], near_field(mask, (4.0, 3.0), 40.0)).tolist() == [6]
+    assert MaskDistance(mask).at(points).tolist() == [0, 1, 3, 45, 150, np.inf, 80, np.inf, 0]  # the right edge is in the image (pixel 199)
+    assert MaskDistance(np.zeros((4, 4), bool)).at([[1, 1]]).tolist() == [np.inf]
+    assert MaskDistance(np.ones((4, 4), bool)).at([[1, 1]]).tolist() == [0]
+    assert MaskDistance(mask, (4.0, 3.0)).at([[121, 55]]).tolist() == [6]
+    assert MaskDistance(mask).at([]).tolist() == []
