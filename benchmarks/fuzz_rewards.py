@@ -34,6 +34,7 @@ with atheris.instrument_imports(include=["reward_service"]):
 
 import numpy as np
 import scipy.optimize  # noqa: F401 (else the first answer that is matched waits for it)
+import scipy.spatial  # noqa: F401 (else the first negative point does)
 
 MASK = np.zeros((1, 84, 84), bool)
 MASK[0, 10:20, 10:20] = True

@@ -35,6 +35,10 @@ class LearnerConfig:
 
     # optimiser
     lr: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW.", "min": 0.0})
+    vision_lr: Optional[float] = field(default=None, metadata={"help": "That of the vision tower; null: lr; 0 leaves the tower as it is.", "min": 0.0})
+    projector_lr: Optional[float] = field(
+        default=None, metadata={"help": "That of the projector from vision to language; null: lr; 0 leaves it as it is.", "min": 0.0}
+    )
     lr_schedule: str = field(default="constant", metadata={"help": "Shape after the warm-up.", "choices": LR_SCHEDULES})
     min_lr_ratio: float = field(
         default=0.0, metadata={"help": "Last learning rate over the peak (linear and cosine).", "min": 0.0, "max": 1.0}
@@ -45,7 +49,6 @@ class LearnerConfig:
     adam_beta2: float = field(default=0.999, metadata={"help": "AdamW beta2.", "min": 0.0, "max": 0.999999})
     adam_eps: float = field(default=1e-8, metadata={"help": "AdamW epsilon.", "min": 0.0})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Clip gradients to this global norm; 0 never clips.", "min": 0.0})
-    freeze_vision: bool = field(default=False, metadata={"help": "Leave the vision tower and its projector as they are."})
 
     # loss
     advantage: str = field(default="grpo", metadata={"help": "How rewards of a group become advantages.", "choices": ADVANTAGES})
@@ -106,6 +109,15 @@ class LearnerConfig:
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: less memory, about a third slower."})
     entropy: bool = field(default=True, metadata={"help": "Measure the policy's entropy."})
+
+    def peak_lr(self, part: str) -> float:
+        """Of the language model, the vision tower or the projector."""
+        own = {"language": None, "vision": self.vision_lr, "projector": self.projector_lr}[part]
+        return self.lr if own is None else own
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        return tuple(part for part, rate in (("vision", self.vision_lr), ("projector", self.projector_lr)) if rate == 0.0)
 
     @property
     def kl_in_reward(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .config import LearnerConfig
+from .policy import part_of
 
 
 def pick_device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -70,15 +71,19 @@ def clips_itself(config: LearnerConfig, dtype: torch.dtype) -> bool:
 
 
 class PolicyEngine:
-    """A trainable policy under DeepSpeed: forward, backward, and a step at a learning rate that returns the gradient norm."""
+    """A trainable policy under DeepSpeed: forward, backward, and a step that returns the gradient norm."""
 
     def __init__(self, policy: nn.Module, config: LearnerConfig, world_size: int, dtype: torch.dtype):
         import deepspeed
 
-        trainable = [p for p in policy.parameters() if p.requires_grad]
-        fused = torch.cuda.is_available()
+        by_peak: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad:
+                by_peak.setdefault(config.peak_lr(part_of(name)), []).append(parameter)
+        self._peaks, trainable = list(by_peak), [p for group in by_peak.values() for p in group]
         self.adam = torch.optim.AdamW(
-            trainable, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, weight_decay=config.weight_decay, fused=fused
+            [{"params": group, "lr": peak} for peak, group in by_peak.items()],
+            betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, weight_decay=config.weight_decay, fused=torch.cuda.is_available(),
         )
         self._norm: float | None = None
         if clips_itself(config, dtype):
@@ -99,10 +104,10 @@ class PolicyEngine:
         """Accumulate gradients of `loss`; their mean over ranks is what a step uses."""
         self.deepspeed.backward(loss)
 
-    def step(self, lr: float) -> float:
-        """One optimiser step on what has been accumulated -> the global gradient norm before clipping."""
-        for group in self.adam.param_groups:
-            group["lr"] = lr
+    def step(self, factor: float) -> float:
+        """One optimiser step on what has been accumulated, at `factor` times the peak rates -> the global gradient norm before clipping."""
+        for group, peak in zip(self.adam.param_groups, self._peaks, strict=True):
+            group["lr"] = factor * peak
         self.deepspeed.step()
         return float(self.deepspeed.get_global_grad_norm() if self._norm is None else self._norm)
 

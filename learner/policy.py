@@ -64,8 +64,17 @@ class PolicyModel(nn.Module):
         positions, _ = self.model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)
         return positions[:, 0].numpy()
 
-    def freeze_vision(self) -> None:
-        self.model.model.visual.requires_grad_(False)
+    def freeze(self, parts: Collection[str]) -> None:
+        for name, parameter in self.named_parameters():
+            if part_of(name) in parts:
+                parameter.requires_grad_(False)
+
+
+def part_of(name: str) -> str:
+    """The part of a policy, "language", "vision" or "projector", that a parameter belongs to."""
+    if ".visual." not in name:
+        return "language"
+    return "projector" if "merger" in name else "vision"  # Qwen2.5-VL: visual.merger; Qwen3-VL: also visual.deepstack_merger_list
 
 
 def load_model(policy_path: str, dtype: torch.dtype, gradient_checkpointing: bool = False) -> nn.Module:

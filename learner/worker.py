@@ -63,8 +63,7 @@ class LearnerWorker:
 
         wrap = lambda model: PolicyModel(model, banned_token_ids, temperature, config.logprob_chunk_tokens)
         policy = wrap(load_model(policy_path, self.dtype, config.gradient_checkpointing))
-        if config.freeze_vision:
-            policy.freeze_vision()
+        policy.freeze(config.frozen_parts)
         self.engine = PolicyEngine(policy, config, world_size, self.dtype)
         self.reference = None
         if config.kl_coef > 0.0:
@@ -98,17 +97,17 @@ class LearnerWorker:
                     before[batch.indices] = self._no_grad_logprobs(self.engine, batch, clock, "old_logprobs"), self._reference(batch, clock)
 
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self.device))
-        norms, rate = [], 0.0
+        norms, factor = [], 0.0
         for _ in range(self.config.ppo_epochs):
             for part, plan in zip(parts, plans):
-                rate = self._learning_rate(len(parts))
+                factor = self._rate_factor(len(parts))
                 totals = step_totals(self.config, [samples[i] for i in part])
                 for batch, active in self._micro_batches(samples, part, plan, clock):
                     self._accumulate(batch, totals, active, before.get(batch.indices), sums, clock)
-                norms.append(self._step(sums["loss"], rate))
+                norms.append(self._step(sums["loss"], factor))
                 clock.lap("optimizer")
         self.steps += 1
-        return self._metrics(samples, sums, norms, rate, plans, clock)
+        return self._metrics(samples, sums, norms, factor * self.config.lr, plans, clock)
 
     def _accumulate(self, batch: MicroBatch, totals: Totals, active: bool, before, sums: dict[str, Tensor], clock: _Clock) -> None:
         """Forward and backward of one micro-batch; its share of the step's loss and per-token terms go to `sums`."""
@@ -132,22 +131,23 @@ class LearnerWorker:
             sums["row_tokens"] += batch.input_ids.numel()
             sums["max_mismatch"] = torch.maximum(sums["max_mismatch"], terms["mismatch_abs"].max().double())
 
-    def _step(self, loss: Tensor, rate: float) -> float:
+    def _step(self, loss: Tensor, factor: float) -> float:
         """One optimiser step -> gradient norm. All ranks agree on whether the numbers are finite before any weight changes."""
         check = loss.clone()
         torch.distributed.all_reduce(check)
         if not torch.isfinite(check):
             raise FloatingPointError(f"step {self.steps}: the loss is {float(check)}; the weights are as before the step")
-        norm = self.engine.step(rate)
+        norm = self.engine.step(factor)
         self.updates += 1
         if not np.isfinite(norm) or norm < 0:  # ZeRO reports -1 for a norm that is not finite
             raise FloatingPointError(f"step {self.steps}: the gradient norm is {norm}; the weights are lost, resume from a checkpoint")
         return norm
 
-    def _learning_rate(self, minibatches: int) -> float:
+    def _rate_factor(self, minibatches: int) -> float:
+        """The learning rate over its peak."""
         c = self.config
         total = self.total_steps * c.ppo_epochs * max(minibatches, c.minibatches)
-        return learning_rate(self.updates, total, c.lr, c.warmup_steps, c.lr_schedule, c.min_lr_ratio)
+        return learning_rate(self.updates, total, 1.0, c.warmup_steps, c.lr_schedule, c.min_lr_ratio)
 
     # ---- batches
 

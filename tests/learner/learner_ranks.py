@@ -75,7 +75,7 @@ class Scenarios:
             self.one_step("tied", replace(PLAIN, zero_stage=1, kl_coef=0.0), policy="tied")
             self.resume(0)
             self.at_rest()
-            self.frozen_vision()
+            self.rates_of_parts()
             self.several_updates()
         else:
             self.resume(3)
@@ -131,13 +131,18 @@ class Scenarios:
             "masked": metrics[0]["masked_samples"], "kl in the loss": "kl" in metrics[0],
         }
 
-    def frozen_vision(self):
-        learner = self.learner(replace(TRAIN, freeze_vision=True, zero_stage=2))
-        before = self.weights(learner)
-        learner.train_step(samples())
-        after = self.weights(learner)
-        changed = {name for name in before if not torch.equal(before[name], after[name])}
-        self.results["frozen vision"] = {"visual": sum("visual" in n for n in changed), "text": sum("visual" not in n for n in changed)}
+    def rates_of_parts(self):
+        """The largest change of a weight of each part: AdamW's first step is as long as its learning rate."""
+        first_step = replace(TRAIN, lr=1e-3, adam_eps=1e-12, max_grad_norm=0.0, warmup_steps=0, lr_schedule="constant")
+        for stage, vision, projector in ((2, 0.0, 0.0), (0, 4e-3, 5e-4), (2, 4e-3, 5e-4), (3, 4e-3, 5e-4), (2, 0.0, None)):
+            learner = self.learner(replace(first_step, zero_stage=stage, vision_lr=vision, projector_lr=projector))
+            before = self.weights(learner)
+            learner.train_step(samples())
+            longest = dict.fromkeys(("language", "vision", "projector"), 0.0)
+            for name, after in self.weights(learner).items():
+                part = "language" if "visual" not in name else "projector" if "merger" in name else "vision"
+                longest[part] = max(longest[part], float((after - before[name]).abs().max()))
+            self.results[f"rates, ZeRO {stage}, {vision}, {projector}"] = longest
 
     def several_updates(self):
         learner = self.learner(replace(TRAIN, ppo_epochs=2, minibatches=2, lr=0.03, clip_low=0.02, clip_high=0.02, warmup_steps=0))

@@ -104,8 +104,10 @@ def test_all_but_the_defaults_on_one_and_two_ranks(results):
     assert one["masked"] == 3 and not one["kl in the loss"]
 
 
-def test_frozen_vision_stays(results):
-    assert results["1_0"]["frozen vision"] == {"visual": 0, "text": 27}
+@pytest.mark.parametrize("stage, vision, projector", [(2, 0.0, 0.0), (0, 4e-3, 5e-4), (2, 4e-3, 5e-4), (3, 4e-3, 5e-4), (2, 0.0, None)])
+def test_each_part_learns_at_its_rate(results, stage, vision, projector):
+    longest = results["1_0"][f"rates, ZeRO {stage}, {vision}, {projector}"]
+    assert longest == pytest.approx({"language": 1e-3, "vision": vision, "projector": 1e-3 if projector is None else projector}, rel=0.01)
 
 
 def test_several_updates_use_the_first_logprobs(results):
