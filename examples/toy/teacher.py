@@ -16,6 +16,7 @@ from rollout.toy_world import Query, ToyVideo
 from segmentation_service.geometry import round_boxes, round_points, scale_boxes, scale_points
 from segmentation_service.masks import mask_to_box, mask_to_point
 
+NOTHING = "<think>I see no shape.</think><answer>[]</answer>"  # the answer about grey frames
 VERBOSE = 0.35  # share of answers that list everything in view first
 ROWS, COLUMNS = ("upper", "middle", "lower"), ("left", "centre", "right")
 

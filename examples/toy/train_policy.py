@@ -25,12 +25,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from examples.toy.teacher import answer
+from examples.toy.teacher import NOTHING, answer
 from examples.toy.tokenizer import train_tokenizer
 from cluster.config import load
 from cluster.scoring import mean_box_iou
 from learner.patchify import PatchSpec, patchify
-from reward_service import Target, parse_answer
+from reward_service import Answer, Target, parse_answer
 from rollout.order import uniform_frames
 from rollout.prompts import PromptBuilder, resize
 from rollout.toy_world import COLOURS, SHAPES, ToyVideo, WorldConfig, make_video
@@ -51,6 +51,7 @@ class Stage:
     levels: tuple[str, ...]
     reference_frames: int
     hedged: float = 0.0  # share of the teacher's answers that add another shape to the one that is meant
+    blank: float = 0.0  # share of scenes whose frames are all grey, where nothing is the answer
 
 
 STAGES = (
@@ -58,8 +59,10 @@ STAGES = (
     Stage(400, WorldConfig(frames=(8, 8), objects=(1, 3), touching=0.0), ("easy",), 0, hedged=0.3),
     Stage(900, WorldConfig(), ("easy", "mid", "hard"), 4, hedged=0.3),
     Stage(150, WorldConfig(), ("easy", "mid", "hard"), 4, hedged=0.75),  # leaves reinforcement learning something to mend
+    Stage(200, WorldConfig(), ("easy", "mid", "hard"), 4, hedged=0.9, blank=0.4),  # teaches that nothing is in grey frames
 )
 ENDS = tuple(accumulate(stage.steps for stage in STAGES))
+LAST_BEGINS = ENDS[-2]
 
 
 def stage_of(step: int) -> Stage:
@@ -84,11 +87,14 @@ def examples_of(video: ToyVideo, builder: PromptBuilder, stage: Stage, rng: np.r
         return
     shown = uniform_frames(video.num_frames, stage.reference_frames)
     frames = {i: video.frame(i) for i in {*shown, t}}
+    blank = stage.blank > 0 and rng.random() < stage.blank
+    if blank:
+        frames = {i: np.full_like(frame, 128) for i, frame in frames.items()}
     images = None
     weights = np.array([{"easy": 1.0, "mid": 1.0, "hard": 1.5}[q.level] for q in queries])
     for i in rng.choice(len(queries), min(limit, len(queries)), replace=False, p=weights / weights.sum()):
         prompt = builder.build(f"{video.seed}", queries[i].text, frames, shown, t)
-        text = answer(video, queries[i], t, prompt.policy_hw, rng, stage.hedged)
+        text = NOTHING if blank else answer(video, queries[i], t, prompt.policy_hw, rng, stage.hedged)
         ids = builder.tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"]
         boxes = [scale_boxes(mask_to_box(masks[k]), masks.shape[1:], prompt.policy_hw) for k in queries[i].targets]
         images = images or prompt.images
@@ -260,6 +266,13 @@ def learning_rate(peak: float, step: int, last: int) -> float:
     return peak * min(1.0, step / 50) * (0.55 + 0.45 * math.cos(math.pi * step / last))
 
 
+def rate_at(peak: float, step: int) -> float:
+    """One schedule for all stages but the last, which teaches something new and has its own, half as high."""
+    if step <= LAST_BEGINS:
+        return learning_rate(peak, step, LAST_BEGINS)
+    return learning_rate(peak / 2, step - LAST_BEGINS, ENDS[-1] - LAST_BEGINS)
+
+
 def pretrain_vision(model, tokenizer, steps: int, batch: int, lr: float, seed: int) -> list[dict]:
     """Teaches the vision tower to say what is where: a visual token points along the language model's own (frozen) embeddings of
     the colour and the kind of what it sees, and a linear head, thrown away afterwards, reads the box from it.
@@ -302,8 +315,8 @@ def save_processors(tokenizer, folder: Path) -> None:
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, stage: Stage, count: int) -> dict[str, float]:
-    """Greedy answers to held-out videos of this stage: mean box IoU (matched objects) and the share of well-formed answers."""
+def greedy_answers(model, tokenizer, stage: Stage, count: int) -> list[tuple[Answer, Target]]:
+    """What the model says about held-out videos of this stage, and what was meant."""
     model.eval()
     builder = PromptBuilder(tokenizer.name_or_path, PROMPT)
     rng, examples, seed = np.random.default_rng(0), [], HELD_OUT
@@ -311,7 +324,7 @@ def evaluate(model, tokenizer, stage: Stage, count: int) -> dict[str, float]:
         examples += examples_of(make_video(seed, stage.world), builder, stage, rng, limit=1)
         seed += 1
     examples.sort(key=lambda e: len(e.prompt_ids))
-    ious, formed = [], 0
+    found = []
     for start in range(0, count, 50):
         batch = examples[start : start + 50]
         inputs = collate([replace(e, answer_ids=e.answer_ids[:0]) for e in batch], tokenizer.pad_token_id, builder.image_pad_id)
@@ -324,11 +337,18 @@ def evaluate(model, tokenizer, stage: Stage, count: int) -> dict[str, float]:
         pixels, grid = patchify([image for example in batch for image in example.images], PATCHES)
         out = model.generate(**inputs, pixel_values=pixels, image_grid_thw=grid, do_sample=False, max_new_tokens=110)
         for example, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)):
-            said = parse_answer(text)
-            ious.append(mean_box_iou(said, Target(tuple(PROMPT.target_size), example.target_boxes.tolist())))
-            formed += said.well_formed
+            found.append((parse_answer(text), Target(tuple(PROMPT.target_size), example.target_boxes.tolist())))
     model.train()
-    return {"box_iou": round(float(np.mean(ious)), 4), "well_formed": round(formed / count, 4)}
+    return found
+
+
+def evaluate(model, tokenizer, stage: Stage) -> dict[str, float]:
+    """Held-out and greedy: mean box IoU (matched objects) and the share of well-formed answers, and of `[]` to grey frames if they are taught."""
+    found = greedy_answers(model, tokenizer, replace(stage, blank=0.0), 200)
+    result = {"box_iou": np.mean([mean_box_iou(said, truth) for said, truth in found]), "well_formed": np.mean([said.well_formed for said, _ in found])}
+    if stage.blank:
+        result["nothing_in_grey"] = np.mean([said.strict and said.n_items == 0 for said, _ in greedy_answers(model, tokenizer, replace(stage, blank=1.0), 50)])
+    return {name: round(float(value), 4) for name, value in result.items()}
 
 
 def prepare(args: argparse.Namespace, work: Path) -> None:
@@ -384,16 +404,18 @@ def main() -> None:
     last = ENDS[-1]
     stream = Stream(work, args.batch, args.seed, done=state["step"])
     for step, batch in enumerate(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4), state["step"] + 1):
+        if step == LAST_BEGINS + 1:
+            optimizers = Optimizers(model.parameters(), model.get_input_embeddings().weight)
         loss = model(**collate(batch, tokenizer.pad_token_id, model.config.image_token_id), **images_of(model, batch)).loss
         loss.backward()
-        optimizers.step(learning_rate(args.lr, step, last))
+        optimizers.step(rate_at(args.lr, step))
         if step % 25 == 0:
             print(f"step {step}/{last} loss {loss.item():.4f} {time.time() - began:.0f}s", flush=True)
-        if step % args.eval_every and step < last:
+        if step % args.eval_every and step not in (LAST_BEGINS, last):
             continue
         stage = stage_of(step)
         point = {"step": step, "stage": STAGES.index(stage), "loss": round(loss.item(), 4), "seconds": round(time.time() - began)}
-        curve.append(point | evaluate(model, tokenizer, stage, 200))
+        curve.append(point | evaluate(model, tokenizer, stage))
         print(json.dumps(curve[-1]), flush=True)
         model.save_pretrained(work)
         save_state(state_file, state | {"step": step, "optimizers": optimizers.state_dict(), "curve": curve, "seconds": time.time() - began})
