@@ -31,7 +31,10 @@ def _barrier() -> None:
 
 
 def save_checkpoint(engine, folder: str | Path, rank: int, state: dict) -> None:
-    """Write weights, optimiser, `state` (numbers and strings) and each rank's random states to `folder`, which must not exist."""
+    """Write the weights that learn, optimiser, `state` (numbers and strings) and each rank's random states to `folder`, which must not exist.
+
+    Frozen weights are those of the policy that the run began from, and are not written again.
+    """
     folder = Path(folder)
     writing = folder.with_name(folder.name + ".writing")
     if rank == 0:
@@ -40,7 +43,7 @@ def save_checkpoint(engine, folder: str | Path, rank: int, state: dict) -> None:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
     _barrier()
-    engine.save_checkpoint(str(writing), tag=TAG, client_state={}, save_latest=False)
+    engine.save_checkpoint(str(writing), tag=TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True)
     torch.save(_random_states(), writing / f"random_rank{rank}.pt")
     if rank == 0:
         (writing / STATE_FILE).write_text(json.dumps(state, indent=1, sort_keys=True))
@@ -62,7 +65,7 @@ def load_checkpoint(engine, folder: str | Path, rank: int, expected: dict) -> di
     for key, value in expected.items():
         if state.get(key) != value:
             raise CheckpointError(f"{folder} was written with {key} = {state.get(key)}, this run has {value}; resume with the same {key}")
-    loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
+    loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)  # frozen weights are not in it
     if loaded is None:
         raise CheckpointError(f"DeepSpeed could not load {folder / TAG}")
     _set_random_states(torch.load(folder / f"random_rank{rank}.pt", weights_only=False))

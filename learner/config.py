@@ -35,6 +35,12 @@ class LearnerConfig:
 
     # optimiser
     lr: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW.", "min": 0.0})
+    lora_rank: int = field(default=0, metadata={"help": "Rank of adapters that learn in place of the weights; 0: the weights learn.", "min": 0})
+    lora_alpha: float = field(default=32.0, metadata={"help": "Adapters count alpha / rank times.", "min": 0.0})
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        metadata={"help": "Linear layers of the language model that get an adapter."},
+    )
     vision_lr: Optional[float] = field(default=None, metadata={"help": "That of the vision tower; null: lr; 0 leaves the tower as it is.", "min": 0.0})
     projector_lr: Optional[float] = field(
         default=None, metadata={"help": "That of the projector from vision to language; null: lr; 0 leaves it as it is.", "min": 0.0}
@@ -133,5 +139,9 @@ def check_config(config: LearnerConfig) -> None:
         warnings.warn("learner.advantage=dr_grpo is published with learner.loss_aggregation=constant", stacklevel=2)
     if config.surrogate == "cispo" and config.dual_clip is not None:
         raise ValueError(f"learner.dual_clip = {config.dual_clip} bounds the ppo surrogate; use null with learner.surrogate=cispo, which has clip_high")
+    if config.lora_rank and (config.vision_lr or config.projector_lr):
+        raise ValueError("learner.vision_lr and projector_lr: only adapters learn with learner.lora_rank > 0; use null or 0")
+    if config.lora_rank and not config.lora_targets:
+        raise ValueError("learner.lora_targets is empty; name at least one linear layer, or use learner.lora_rank=0")
     if config.zero_stage > 0 and config.adam_eps == 0.0:
         raise ValueError("learner.adam_eps = 0 divides by zero in the padding of ZeRO's flat buffers; use a positive value")

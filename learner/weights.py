@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .lora import adapted_layers, low_rank_parts, merged
 
 ALIGNMENT = 16
 
@@ -51,14 +54,16 @@ class WeightBucket:
 def checkpoint_names(model: nn.Module) -> dict[str, str]:
     """Parameter name in `model` (a transformers model) -> name in a published checkpoint, by transformers' own mapping.
 
-    vLLM's Qwen-VL loaders take these names. A tied language head has no entry: it is the embedding. Raises ValueError if the
-    checkpoint format needs more than renaming.
+    vLLM's Qwen-VL loaders take these names. A tied language head has no entry: it is the embedding. Adapters have none either: they
+    are part of the weight that they adapt. Raises ValueError if the checkpoint format needs more than renaming.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     names = {}
     for name, _ in model.named_parameters():
-        renamed = list(revert_weight_conversion(model, {name: torch.empty(0)}))
+        if ".lora_" in name:
+            continue
+        renamed = list(revert_weight_conversion(model, {name.replace(".base_layer.", "."): torch.empty(0)}))
         if len(renamed) != 1:
             raise ValueError(f"parameter {name} is stored as {renamed} in checkpoints; only renaming is supported")
         names[name] = renamed[0]
@@ -91,27 +96,30 @@ def plan_buckets(shapes: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], max
 
 def weight_metadata(model: nn.Module) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """(checkpoint name, dtype, whole shape) of every parameter, in the order in which `iterate_weights` gives them."""
-    names = checkpoint_names(model)
-    return [(names[name], p.dtype, full_shape(p)) for name, p in model.named_parameters()]
+    parameters = dict(model.named_parameters())
+    return [(stored, parameters[name].dtype, full_shape(parameters[name])) for name, stored in checkpoint_names(model).items()]
 
 
 def iterate_weights(model: nn.Module, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
     """Lists of (checkpoint name, whole tensor on its device), a bucket at a time; every rank must iterate in lockstep.
 
-    The tensors are valid until the next bucket is asked for. Under ZeRO-3 a bucket is gathered, then given back.
+    The tensors are valid until the next bucket is asked for. Under ZeRO-3 a bucket is gathered, then given back. Adapters are merged.
     """
-    names, parameters = checkpoint_names(model), dict(model.named_parameters())
-    by_checkpoint_name = {names[name]: p for name, p in parameters.items()}
+    parameters, layers = dict(model.named_parameters()), adapted_layers(model)
+    own_names = {stored: name for name, stored in checkpoint_names(model).items()}
     for entries, _ in plan_buckets(weight_metadata(model), bucket_bytes):
-        bucket = [(e.name, by_checkpoint_name[e.name]) for e in entries]
-        sharded = [p for _, p in bucket if hasattr(p, "ds_id")]
-        if sharded:
-            import deepspeed
+        names = [own_names[e.name] for e in entries]
+        needed = [parameters[name] for name in names] + [part for name in names if name in layers for part in low_rank_parts(layers[name])]
+        with _gathered([p for p in needed if hasattr(p, "ds_id")]):
+            yield [(e.name, merged(layers[name]) if name in layers else parameters[name].detach()) for e, name in zip(entries, names)]
 
-            with deepspeed.zero.GatheredParameters(sharded):
-                yield [(name, p.detach()) for name, p in bucket]
-        else:
-            yield [(name, p.detach()) for name, p in bucket]
+
+def _gathered(sharded: list[nn.Parameter]) -> AbstractContextManager:
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded)
 
 
 def weight_buckets(model: nn.Module, max_bytes: int, rank: int = 0) -> Iterator[WeightBucket]:

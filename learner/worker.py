@@ -17,6 +17,7 @@ from .config import LearnerConfig, check_config
 from .engine import PolicyEngine, frozen_engine, init_distributed, pick_device_and_dtype
 from .grpo import kl_to_reference, multiplicative_error, rollout_mismatch, token_sums
 from .learning_rate import learning_rate
+from .lora import add_adapters, without_adapters
 from .loss import Totals, counted_sequences, micro_batch_loss, step_totals
 from .patchify import PatchSpec
 from .policy import PolicyModel, load_model
@@ -64,9 +65,13 @@ class LearnerWorker:
         wrap = lambda model: PolicyModel(model, banned_token_ids, temperature, config.logprob_chunk_tokens)
         policy = wrap(load_model(policy_path, self.dtype, config.gradient_checkpointing))
         policy.freeze(config.frozen_parts)
+        if config.lora_rank:
+            add_adapters(policy.model, config)
         self.engine = PolicyEngine(policy, config, world_size, self.dtype)
         self.reference = None
-        if config.kl_coef > 0.0:
+        if config.kl_coef > 0.0 and config.lora_rank:
+            self.reference = self._without_adapters
+        elif config.kl_coef > 0.0:
             self.reference = frozen_engine(wrap(load_model(policy_path, self.dtype)), config, world_size, self.dtype, self.device)
 
     @property
@@ -186,6 +191,11 @@ class LearnerWorker:
         clock.lap(lap)
         return logprobs
 
+    def _without_adapters(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """The policy that training began from, out of the one copy of its weights."""
+        with without_adapters(self.policy.model):
+            return self.engine(batch)
+
     def _reference(self, batch: MicroBatch, clock: _Clock) -> Tensor | None:
         """For the KL in the loss; None without it."""
         if self.reference is None or self.config.kl_in_reward:
@@ -280,7 +290,8 @@ class LearnerWorker:
         export_policy(self.policy.model, self.policy_path, folder, self.rank)
 
     def _identity(self) -> dict:
-        return {"world_size": self.world_size, "zero_stage": self.config.zero_stage, "dtype": str(self.dtype).removeprefix("torch.")}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"world_size": self.world_size, "zero_stage": self.config.zero_stage, "dtype": dtype, "lora_rank": self.config.lora_rank}
 
 
 class _Clock:

@@ -423,7 +423,7 @@ def test_written_yaml_explains_itself():
 def test_the_fingerprint_is_of_the_settings_not_of_the_name():
     a = config.load("debug", ["run.name=a"])
     assert config_dump.fingerprint(a) == config_dump.fingerprint(config.load("debug", ["run.name=b", "run.dir=elsewhere"]))
-    assert config_dump.fingerprint(a) != config_dump.fingerprint(config.load("debug", ["run.name=a", "learner.lr=2e-4"]))
+    assert config_dump.fingerprint(a) != config_dump.fingerprint(config.load("debug", ["run.name=a", "learner.lr=3e-4"]))
     # The same in every process and version: written down here once.
     assert config_dump.fingerprint(Root()) == "ffb53279f0abcc9e285c499bae1ef5cdd7da2e5b6fffe9f2a29fd23179e914d8"
 

@@ -184,7 +184,7 @@ def test_engines_in_a_run_equal_one_started_from_the_export(ray_session, toy_dat
     from cluster.progress import Progress
     from cluster.run import Run
 
-    settings = resolved(toy_data, "eval.episodes=6", "learner.lr=1e-3", "difficulty.source=online")
+    settings = resolved(toy_data, "eval.episodes=6", "learner.lr=1e-3", "learner.kl_in=reward", "difficulty.source=online")
     draws, held_out = Draws.of_run(settings)
     greedy = settings.rollout.sampling().greedy()
     exported = tmp_path / "exported"

@@ -20,6 +20,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from tiny_learner import BANNED, random_samples  # noqa: E402
 
 from learner.advantages import step_advantages  # noqa: E402
@@ -70,6 +71,7 @@ class Scenarios:
         learner.export(str(self.folder / f"export_{self.world_size}"))
         self.resume(2)
         self.all_but_the_defaults()
+        self.adapters(0 if self.world_size == 1 else 3)
         if self.world_size == 1:
             self.one_step("whole", replace(PLAIN, zero_stage=1, tokens_per_microbatch=10_000), policy="policy")
             self.one_step("tied", replace(PLAIN, zero_stage=1, kl_coef=0.0), policy="tied")
@@ -103,6 +105,28 @@ class Scenarios:
                 self.learner(other).load(str(folder))
             except Exception as error:
                 self.results["other stage"] = f"{type(error).__name__}: {error}"
+
+    def adapters(self, stage: int):
+        """Two steps that train adapters only, a checkpoint, a third step; the merged weights as a policy of their own; and the third step again."""
+        config = replace(TRAIN, lr=0.02, lora_rank=4, lora_alpha=8.0, zero_stage=stage)
+        learner, folder = self.learner(config), self.folder / f"adapters{stage}_{self.world_size}"
+        metrics = [learner.train_step(samples(seed)) for seed in (1, 2)]
+        learner.save(str(folder))
+        learner.export(str(folder) + "_export")
+        logprobs = learner.compute_logprobs(samples())
+        before, after = (load_file(path / "model.safetensors") for path in (self.folder / "policy", Path(f"{folder}_export")))
+        changes = {name: after[name] - before[name] for name in before if not torch.equal(after[name], before[name])}
+        alone = self.learner(replace(config, lora_rank=0), policy=f"{folder.name}_export").compute_logprobs(samples())
+        metrics.append(learner.train_step(samples(3)))
+        resumed = self.learner(config)
+        resumed.load(str(folder))
+        again = resumed.train_step(samples(3))
+        self.results["adapters"] = {
+            "changed": sorted({name.rpartition("layers.")[2].split(".", 1)[1] for name in changes}),
+            "ranks": sorted({int(torch.linalg.matrix_rank(change, rtol=1e-4)) for change in changes.values()}),
+            "kls": [m["kl"] for m in metrics], "losses": [m["loss"] for m in metrics], "merged error": max(float(abs(a - b).max()) for a, b in zip(logprobs, alone)),
+            "resumed": again["loss"] == metrics[-1]["loss"] and self.digest(learner) == self.digest(resumed),
+        }
 
     def at_rest(self):
         learner = self.learner(replace(TRAIN, lr=0.0, zero_stage=2))

@@ -104,6 +104,18 @@ def test_all_but_the_defaults_on_one_and_two_ranks(results):
     assert one["masked"] == 3 and not one["kl in the loss"]
 
 
+ADAPTED = [f"{block}.weight" for block in sorted(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_adapters_learn_and_are_merged_into_what_they_adapt(results, ranks):
+    """One rank without ZeRO, two ranks with stage 3."""
+    found = results[f"{ranks}_0"]["adapters"]
+    assert found["kls"][0] == 0.0 and found["kls"][1] > 0.0, "the reference is the policy without its adapters"
+    assert found["changed"] == ADAPTED and found["ranks"] == [4] and found["merged error"] < 1e-5
+    assert found["resumed"] and found["losses"] == pytest.approx(results["1_0"]["adapters"]["losses"], rel=1e-4)
+
+
 @pytest.mark.parametrize("stage, vision, projector", [(2, 0.0, 0.0), (0, 4e-3, 5e-4), (2, 4e-3, 5e-4), (3, 4e-3, 5e-4), (2, 0.0, None)])
 def test_each_part_learns_at_its_rate(results, stage, vision, projector):
     longest = results["1_0"][f"rates, ZeRO {stage}, {vision}, {projector}"]
