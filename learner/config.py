@@ -12,6 +12,7 @@ AGGREGATIONS = ("token", "sequence", "constant")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 KL_PLACES = ("loss", "reward")
 LR_SCHEDULES = ("constant", "linear", "cosine")
+OFFLOADS = ("none", "optimizer", "all")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -22,6 +23,10 @@ class LearnerConfig:
     # where it runs
     ranks: int = field(default=1, metadata={"help": "Learner processes; one GPU each where there are GPUs.", "min": 1})
     zero_stage: int = field(default=2, metadata={"help": "DeepSpeed ZeRO stage.", "min": 0, "max": 3})
+    offload: str = field(
+        default="none",
+        metadata={"help": "What rests in CPU memory: the optimizer (ZeRO 1 or more), or all: optimizer and weights (ZeRO 3).", "choices": OFFLOADS},
+    )
     dtype: str = field(
         default="auto", metadata={"help": "Weights and activations; auto: bfloat16 on CUDA, float32 elsewhere.", "choices": DTYPES}
     )
@@ -139,9 +144,13 @@ def check_config(config: LearnerConfig) -> None:
         warnings.warn("learner.advantage=dr_grpo is published with learner.loss_aggregation=constant", stacklevel=2)
     if config.surrogate == "cispo" and config.dual_clip is not None:
         raise ValueError(f"learner.dual_clip = {config.dual_clip} bounds the ppo surrogate; use null with learner.surrogate=cispo, which has clip_high")
-    if config.lora_rank and (config.vision_lr or config.projector_lr):
-        raise ValueError("learner.vision_lr and projector_lr: only adapters learn with learner.lora_rank > 0; use null or 0")
+    for key in ("vision_lr", "projector_lr"):
+        if config.lora_rank and getattr(config, key):
+            raise ValueError(f"learner.{key} = {getattr(config, key)}: only adapters learn with learner.lora_rank above 0; use null or 0")
     if config.lora_rank and not config.lora_targets:
         raise ValueError("learner.lora_targets is empty; name at least one linear layer, or use learner.lora_rank=0")
+    least = {"none": 0, "optimizer": 1, "all": 3}[config.offload]
+    if config.zero_stage < least:
+        raise ValueError(f"learner.offload={config.offload} needs learner.zero_stage of at least {least}, got {config.zero_stage}")
     if config.zero_stage > 0 and config.adam_eps == 0.0:
         raise ValueError("learner.adam_eps = 0 divides by zero in the padding of ZeRO's flat buffers; use a positive value")

@@ -50,12 +50,16 @@ def deepspeed_settings(config: LearnerConfig, world_size: int, dtype: torch.dtyp
     """
     if config.zero_stage == 0 and dtype == torch.bfloat16:
         raise ValueError("learner.zero_stage = 0 with bfloat16: DeepSpeed has no float32 gradient accumulation there; use zero_stage 1 or more")
+    to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    offload = {"offload_optimizer": to_cpu} if config.offload != "none" else {}
+    offload |= {"offload_param": to_cpu} if config.offload == "all" else {}
     return {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False, "contiguous_gradients": True},
+        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False, "contiguous_gradients": True, **offload},
+        "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == torch.bfloat16},
         # Many micro-batches of bfloat16 gradients would lose the small ones.
@@ -70,6 +74,16 @@ def clips_itself(config: LearnerConfig, dtype: torch.dtype) -> bool:
     return config.zero_stage == 0 and dtype == torch.float32
 
 
+def adamw(groups: list[dict], config: LearnerConfig) -> torch.optim.Optimizer:
+    """AdamW; DeepSpeed's own, which it compiles on first use, where a GPU's optimizer rests in CPU memory and is stepped there."""
+    settings = dict(betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, weight_decay=config.weight_decay)
+    if config.offload != "none" and torch.cuda.is_available():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
+
+
 class PolicyEngine:
     """A trainable policy under DeepSpeed: forward, backward, and a step that returns the gradient norm."""
 
@@ -81,10 +95,7 @@ class PolicyEngine:
             if parameter.requires_grad:
                 by_peak.setdefault(config.peak_lr(part_of(name)), []).append(parameter)
         self._peaks, trainable = list(by_peak), [p for group in by_peak.values() for p in group]
-        self.adam = torch.optim.AdamW(
-            [{"params": group, "lr": peak} for peak, group in by_peak.items()],
-            betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, weight_decay=config.weight_decay, fused=torch.cuda.is_available(),
-        )
+        self.adam = adamw([{"params": group, "lr": peak} for peak, group in by_peak.items()], config)
         self._norm: float | None = None
         if clips_itself(config, dtype):
             limit = config.max_grad_norm or float("inf")

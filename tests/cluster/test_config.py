@@ -330,6 +330,9 @@ def test_what_the_machine_lacks_is_told_before_the_start():
         (["data.evaluation=elsewhere"], "data.evaluation"),
         (["learner.adam_eps=0"], "learner.adam_eps"),
         (["learner.dual_clip=3.0", "learner.surrogate=cispo"], "learner.dual_clip"),
+        (["learner.offload=all", "learner.zero_stage=2"], "learner.offload"),
+        (["learner.vision_lr=1e-6", "learner.lora_rank=8"], "learner.vision_lr"),
+        (["learner.lora_targets=[]", "learner.lora_rank=8"], "learner.lora_targets"),
         (["reward.length.hard_from=1"], "reward.length.hard_from"),
     ],
 )

@@ -69,6 +69,7 @@ class Scenarios:
         for stage in (0, 2, 3):
             learner = self.one_step(f"zero{stage}", replace(PLAIN, zero_stage=stage))
         learner.export(str(self.folder / f"export_{self.world_size}"))
+        self.one_step("offload", replace(PLAIN, zero_stage=3, offload="all") if self.world_size == 2 else replace(PLAIN, zero_stage=2, offload="optimizer"))
         self.resume(2)
         self.all_but_the_defaults()
         self.adapters(0 if self.world_size == 1 else 3)

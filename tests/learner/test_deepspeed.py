@@ -66,7 +66,7 @@ def expected(folder):
     return float(total.detach()), norm, logprobs, {name: (start[name], gradients[name]) for name in start}
 
 
-@pytest.mark.parametrize("name", ["zero0_1", "zero2_1", "zero3_1", "whole_1", "zero0_2", "zero2_2", "zero3_2"])
+@pytest.mark.parametrize("name", ["zero0_1", "zero2_1", "zero3_1", "whole_1", "zero0_2", "zero2_2", "zero3_2", "offload_1", "offload_2"])
 def test_a_step_equals_the_plain_one(folder, expected, name):
     found = torch.load(folder / f"{name}.pt", weights_only=False)
     loss, norm, logprobs, tensors = expected
