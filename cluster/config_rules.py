@@ -18,6 +18,7 @@ _MAY_CHANGE = (
     "loop.steps",
     "loop.save_every",
     "loop.keep_checkpoints",
+    "loop.keep_best",
     "loop.grace_seconds",
     "loop.score_seconds",
     "loop.score_tries",
@@ -138,6 +139,11 @@ def combination_problems(config: RunConfig) -> list[Problem]:
             f"'{data.evaluation}' is not the '{made}' that data.generate=toy makes",
             "use that, or data.generate=null",
         )
+    best = config.loop.keep_best
+    refuse(best is not None and not config.eval.every, "loop.keep_best", f"is {best}, but nothing is evaluated during training", "set eval.every")
+    refuse(
+        best == "iou/video" and not config.reward.needs_video_masks, "loop.keep_best", "is iou/video, but no reward term propagates masks", "use iou/mask"
+    )
     try:
         learner.config.check_config(learn)
     except ValueError as error:

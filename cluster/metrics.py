@@ -122,6 +122,12 @@ def broken_video_metrics(kinds: Sequence[str]) -> dict[str, float]:
     return {"failures/video": float(len(kinds))} | {f"failures/video/{kind}": float(count) for kind, count in sorted(Counter(kinds).items())}
 
 
+def best_step(path: str | Path, name: str) -> int | None:
+    """The step with the largest value of this metric in a `metrics.jsonl`, the first of equal ones, step 0 left out; None where there is none."""
+    records = [record for record in read_metrics(path) if record["step"] > 0 and record.get(name) is not None]
+    return max(records, key=lambda record: record[name])["step"] if records else None
+
+
 class StageTimes:
     """Seconds spent in each stage of a step; a stage entered twice adds up. `now` tells which one is running."""
 

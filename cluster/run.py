@@ -22,7 +22,7 @@ from cluster.config import RunConfig
 from cluster.draws import SUBSTITUTES, BrokenEpisode, Draw, Draws
 from cluster.errors import RunFailed
 from cluster.evaluation import held_out_metrics
-from cluster.metrics import MetricsWriter, StageTimes, broken_video_metrics, read_metrics
+from cluster.metrics import MetricsWriter, StageTimes, best_step, broken_video_metrics, read_metrics
 from cluster.placement import Actors, gather, start_actors, stop_actors
 from cluster.progress import Progress, first_and_last, summary_line
 from cluster.rollout_rows import rollout_rows
@@ -182,9 +182,13 @@ class Run:
                 await gather([learner.save.remote(str(temporary.absolute() / "learner")) for learner in self.actors.learners])
                 if self.online:
                     (temporary / DIFFICULTY).write_text(json.dumps(self.online.state_dict()), encoding="utf-8")
-            checkpoints.keep_last(self.folder.checkpoints, self.config.loop.keep_checkpoints)
+            checkpoints.keep_last(self.folder.checkpoints, self.config.loop.keep_checkpoints, protect=(self.best_step(),))
         self.saved = self.step
         self.progress.restart_clock()
+
+    def best_step(self) -> int | None:
+        """The step whose evaluation is best by `loop.keep_best`; None without that setting."""
+        return best_step(self.folder.metrics, f"eval/{self.config.loop.keep_best}")
 
     def note_broken(self, where: str, broken: list[BrokenEpisode]) -> None:
         for episode in broken:

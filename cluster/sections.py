@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Optional
 
+KEEP_BEST = ("reward/mean", "iou/box", "iou/mask", "iou/video")
 CONTROLS = ("none", "shuffled_queries", "blank_frames")
 
 
@@ -90,6 +91,10 @@ class LoopConfig:
     deterministic: bool = field(default=False, metadata={"help": "Fixed order and fresh caches each step; bit-equal on a CPU in float32."})
     save_every: int = field(default=25, metadata={"help": "Steps between checkpoints; the last step always has one.", "min": 1})
     keep_checkpoints: int = field(default=3, metadata={"help": "Newest checkpoints to keep.", "min": 1})
+    keep_best: Optional[str] = field(
+        default=None,
+        metadata={"help": "Also keep the checkpoint of the evaluation (eval.every) that is best by this; null: none.", "choices": KEEP_BEST},
+    )
     grace_seconds: float = field(
         default=30.0,
         metadata={"help": "After Ctrl-C or a stopped job, how long rollouts may take to complete their step; then they are dropped.", "min": 0.0},

@@ -65,6 +65,8 @@ async def _train(config: RunConfig, located: RunConfig, folder: RunFolder, draws
                     await run.save()
                 if run.due(config.eval.every) and run.step < config.loop.steps:
                     await stop.abandoning(run.evaluate())
+                    if run.best_step() == run.step != run.saved:
+                        await run.save()
             if run.saved != run.step:
                 await run.save()
             after = await stop.abandoning(run.evaluate()) if config.eval.ends and not stop.requested else None

@@ -330,6 +330,8 @@ def test_what_the_machine_lacks_is_told_before_the_start():
         (["data.evaluation=elsewhere"], "data.evaluation"),
         (["learner.adam_eps=0"], "learner.adam_eps"),
         (["learner.dual_clip=3.0", "learner.surrogate=cispo"], "learner.dual_clip"),
+        (["loop.keep_best=iou/box"], "loop.keep_best"),
+        (["loop.keep_best=iou/video", "eval.every=5"], "loop.keep_best"),
         (["learner.offload=all", "learner.zero_stage=2"], "learner.offload"),
         (["learner.vision_lr=1e-6", "learner.lora_rank=8"], "learner.vision_lr"),
         (["learner.lora_targets=[]", "learner.lora_rank=8"], "learner.lora_targets"),

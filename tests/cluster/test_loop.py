@@ -45,7 +45,7 @@ def run(ray_session, toy_data, tmp_path_factory):
     from cluster import trainer
 
     folder = run_folder.plan(tmp_path_factory.mktemp("runs"), "three", "debug")
-    asked = ["difficulty.source=blend", "difficulty.success=mask_iou", "reward.length.uncertainty_scale=25"]
+    asked = ["eval.every=1", "loop.keep_best=iou/box", "difficulty.source=blend", "difficulty.success=mask_iou", "reward.length.uncertainty_scale=25"]
     trainer.train(resolved(toy_data, "loop.steps=3", "loop.deterministic=true", *asked), folder)
     return folder
 
@@ -57,6 +57,13 @@ def test_the_run_folder_is_complete(run):
     assert [step for step, _ in rollout_log.rollout_files(run.rollouts)] == [1, 2, 3]
     assert [step for step, _ in rollout_log.rollout_files(run.path / "evaluations")] == [0, 3]
     assert list(run.tensorboard.iterdir())
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(run):
+    evaluations = {r["step"]: r["eval/iou/box"] for r in read_metrics(run.metrics) if r.get("eval/iou/box") is not None}
+    assert sorted(evaluations) == [0, 1, 2, 3]
+    best = max((1, 2), key=evaluations.get)  # step 3 is evaluated after its checkpoint, as the run ends
+    assert {step for step, _ in checkpoints.steps(run.checkpoints)} == {best, 2, 3}
 
 
 def test_the_metrics_tell_what_happened(run):

@@ -44,6 +44,14 @@ def test_completion_metrics_by_hand():
     assert out["staleness/0"] == 2 and out["staleness/2"] == 2 and "staleness/1" not in out
 
 
+def test_the_best_step(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    values = [(0, 0.9), (5, 0.3), (10, None), (15, 0.5), (20, 0.5)]  # before training; not finite; equal
+    file.write_text("".join(json.dumps({"step": step, "eval/iou/box": value}) + "\n" for step, value in values) + json.dumps({"step": 25, "reward/mean": 1.0}) + "\n")
+    assert metrics.best_step(file, "eval/iou/box") == 15
+    assert metrics.best_step(file, "eval/None") is None
+
+
 def test_a_failed_score_is_no_zero():
     scored = completions()[:4]
     failed = [ScoredCompletion(3, False, used=False)] * 10
