@@ -227,9 +227,7 @@ class Draws:
         except SlowVideo:
             self.slow[path] = self.data.decode_seconds
             raise
-        found = (decoded.num_frames, *decoded.by_number[asked.target_frame].shape[:2])
-        if found != (expected := (episode.num_frames, episode.height, episode.width)):
-            raise VideoError(f"{path}: (frames, height, width) are {found}, the episode says {expected}; restore the video or import the data set again")
+        check_media(episode, decoded.num_frames, decoded.by_number[asked.target_frame])
         return decoded.by_number
 
     def _draw(self, asked: _Asked, replaced: tuple[BrokenEpisode, ...] = ()) -> Draw:
@@ -271,6 +269,14 @@ class Draws:
         ids = (row["video_id"] for row in self._queries.rows())
         first = next(ids)
         return all(i == first for i in ids)
+
+
+def check_media(episode: Episode, num_frames: int, frame_HW3: np.ndarray) -> None:
+    """Raises VideoError where a video of so many such frames is not the one that the episode tells of."""
+    found, expected = (num_frames, *frame_HW3.shape[:2]), (episode.num_frames, episode.height, episode.width)
+    if found != expected:
+        where = episode.video_path
+        raise VideoError(f"{where}: (frames, height, width) are {found}, the episode says {expected}; restore the video or import the data set again")
 
 
 def target_of(episode: Episode, t: int) -> Target:
