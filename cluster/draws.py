@@ -290,12 +290,14 @@ def target_of(episode: Episode, t: int) -> Target:
         return Target((episode.height, episode.width), boxes, points)
     tracks = [{a.frame: {"size": size, "counts": a.counts} for a in o.annotations} for o in episode.objects]
     tracks = [track for track in tracks if t in track]
+    ignored = {f: [{"size": size, "counts": m.counts} for m in episode.ignore if m.frame == f] or None for f in episode.annotated_frames}
     return Target(
         image_size=(episode.height, episode.width),
         boxes=boxes,
         points=points,
         masks=episode.masks(t),
-        frames={f: FrameTarget(masks=[track.get(f) for track in tracks]) for f in episode.annotated_frames},
+        frames={f: FrameTarget(masks=[track.get(f) for track in tracks], ignore=ignored[f]) for f in episode.annotated_frames},
         frame=t,
+        ignore=ignored.get(t),
     )
 
