@@ -21,7 +21,7 @@ from segmentation_service.video import VideoError
 
 EPISODES_AT_ONCE = 256  # those among them that are about one video share its frames
 FRAMES_AT_ONCE = 8
-REQUESTS_AHEAD = 4
+REQUESTS_AHEAD = 8
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,7 @@ class Oracle:
         for video, frames in self._decoded(list(videos.values())):
             for t, frame_HW3 in frames.items():
                 video.ious |= self._ious(video.episode, t, frame_HW3, list(video.asked[t]))
-        return [
-            Found(broken=video.broken) if video.broken and chosen else Found({o: {a.frame: video.ious[a] for a in annotations} for o, annotations in chosen.items()})
-            for video, chosen in asked
-        ]
+        return [video.found(chosen) for video, chosen in asked]
 
     def _chosen(self, target: TargetObject) -> list[Annotation]:
         with_masks = [a for a in target.annotations if a.counts is not None]
@@ -101,6 +98,12 @@ class _Video:
     asked: dict[int, dict[Annotation, None]] = field(default_factory=dict)
     ious: dict[Annotation, float] = field(default_factory=dict)
     broken: str | None = None
+
+    def found(self, chosen: dict[str, list[Annotation]]) -> Found:
+        """What was found of these targets."""
+        if self.broken and chosen:
+            return Found(broken=self.broken)
+        return Found({object_id: {a.frame: self.ious[a] for a in annotations} for object_id, annotations in chosen.items()})
 
 
 def _ahead(requests: Iterable, count: int) -> Iterator:

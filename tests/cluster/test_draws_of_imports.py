@@ -92,7 +92,8 @@ def test_ignored_pixels_of_an_image_are_in_no_reward(draws_of, settings):
         return [{target_frame: of_answer} for of_answer in masks]
 
     weights = replace(settings.reward.weights, negative_point=0.0, mask_iou=1.0, video_quality=1.0)
-    reward = replace(settings.reward, weights=weights, accuracy_iou="mask", iou_grading="graded", mask_iou_grading="graded", video_measure="j", video_quality_grading="graded")
+    gradings = dict.fromkeys(("iou_grading", "mask_iou_grading", "video_quality_grading"), "graded")
+    reward = replace(settings.reward, weights=weights, accuracy_iou="mask", video_measure="j", **gradings)
     group = asyncio.run(score_group(draw, [right_answer(draw)], [1], reward, segment, propagate))
     predicted_HW, (true_HW,) = decode_rle(group.masks[0][0]), draw.target.masks
     label_HW = np.where(draw.episode.ignored(0), 255, true_HW.astype(int))  # as the file paints it
