@@ -131,12 +131,20 @@ def import_data(options: argparse.Namespace) -> None:
 
 
 def inspect_data(options: argparse.Namespace) -> None:
-    """Print what a data set holds; check it; draw a sheet of its frames, masks and queries."""
+    """Print what a data set holds; check it; draw a sheet of its frames, masks and queries; prompt the segmenter with its truth."""
     from cluster import inspect_data
 
-    bad, folders = 0, inspect_data.data_folders(Path(options.data))
+    given = {name: value for name in ("segmenter", "frames", "drop_below", "out") if (value := getattr(options, name)) is not None}
+    if given and not options.oracle:
+        raise UserError(f"--{next(iter(given)).replace('_', '-')} is for --oracle, which is not given", "add --oracle")
+    if options.oracle:
+        from cluster.inspect_oracle import OracleConfig, inspect
+
+        out = given.pop("out", None)
+        config = OracleConfig(**given)
+    bad, folders, workers = 0, inspect_data.data_folders(Path(options.data)), options.workers or os.cpu_count() or 1
     for folder in folders:
-        found = inspect_data.look(folder, options.check, options.workers or os.cpu_count() or 1)
+        found = inspect_data.look(folder, options.check, workers)
         print(f"{folder}: " + "\n".join(found.lines()))
         for what, where in found.problems.items():
             print(f"  PROBLEM in {len(where)} episodes: {what} (such as {', '.join(where[:3])})")
@@ -149,6 +157,11 @@ def inspect_data(options: argparse.Namespace) -> None:
         raise UserError(f"{bad} episodes of {options.data} cannot be used as they are", "restore the media, or import the data set again")
     if options.check:
         print("checked: no problems")
+    if options.oracle:
+        for folder, report in inspect(folders, config, out and Path(out), workers):
+            print(f"{folder}: " + "\n".join(report.lines()))
+        if out:
+            print(f"what stays is in {out}; report.json there says what went, oracle.jsonl what each target's IoU is on each frame")
 
 
 def difficulty(options: argparse.Namespace) -> None:
@@ -311,13 +324,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--workers", type=int, metavar="N", help="processes (default: one a CPU)")
     command.add_argument("--keep-suspect", action="store_true", help="keep, in train too, masks of a release that are known to be doubtful")
 
-    more = "DATA may also be a folder of splits. With --check the exit status is 2 if any episode cannot be used."
-    command = _add(kinds, "inspect", inspect_data, "videoseg data inspect data/mevis/train --check --sheet mevis.png", more)
+    more = (
+        "DATA may also be a folder of splits. With --check the exit status is 2 if any episode cannot be used. --oracle shows the segmenter\n"
+        "each target's true box and point, as a right answer would, and compares its mask with the true one. With --out a copy is written\n"
+        "without the episodes of which it misses a target; run it again after an interruption: it goes on."
+    )
+    command = _add(kinds, "inspect", inspect_data, "videoseg data inspect data/mevis/train --check --sheet mevis.png --oracle", more)
     command.add_argument("data", metavar="DATA", help="episodes: a folder with Parquet shards, or one file")
     command.add_argument("--check", action="store_true", help="compare every episode with its media: sizes, masks, boxes, points, ids")
     command.add_argument("--sheet", metavar="FILE.png", help="draw some episodes with their masks")
     command.add_argument("--episodes", type=int, default=12, metavar="N", help="episodes on the sheet (default 12)")
     command.add_argument("--workers", type=int, metavar="N", help="processes (default: one a CPU)")
+    command.add_argument("--oracle", action="store_true", help="report the segmenter's IoU where it is prompted with the truth")
+    command.add_argument("--segmenter", metavar="SAM2", help="its folder or hub id (default facebook/sam2.1-hiera-large)")
+    command.add_argument("--frames", type=int, metavar="N", help="most frames a target, evenly (default: all on which it has a mask)")
+    command.add_argument("--drop-below", type=float, metavar="IOU", help="mean IoU over its frames under which a target is missed (default 0.6)")
+    command.add_argument("--out", metavar="OUT", help="folder for a copy without the episodes of which a target is missed")
 
     more = (
         "vLLM runs the model here, on the GPUs of this machine or its CPU; with --endpoint any OpenAI-compatible service that takes\n"

@@ -227,9 +227,7 @@ class Draws:
         except SlowVideo:
             self.slow[path] = self.data.decode_seconds
             raise
-        found = (decoded.num_frames, *decoded.by_number[asked.target_frame].shape[:2])
-        if found != (expected := (episode.num_frames, episode.height, episode.width)):
-            raise VideoError(f"{path}: (frames, height, width) are {found}, the episode says {expected}; restore the video or import the data set again")
+        check_media(episode, decoded.num_frames, decoded.by_number[asked.target_frame])
         return decoded.by_number
 
     def _draw(self, asked: _Asked, replaced: tuple[BrokenEpisode, ...] = ()) -> Draw:
@@ -273,6 +271,14 @@ class Draws:
         return all(i == first for i in ids)
 
 
+def check_media(episode: Episode, num_frames: int, frame_HW3: np.ndarray) -> None:
+    """Raises VideoError where a video of so many such frames is not the one that the episode tells of."""
+    found, expected = (num_frames, *frame_HW3.shape[:2]), (episode.num_frames, episode.height, episode.width)
+    if found != expected:
+        where = episode.video_path
+        raise VideoError(f"{where}: (frames, height, width) are {found}, the episode says {expected}; restore the video or import the data set again")
+
+
 def target_of(episode: Episode, t: int) -> Target:
     """The truth about the targets that can be seen on frame t: there, and their masks on all annotated frames.
 
@@ -284,12 +290,14 @@ def target_of(episode: Episode, t: int) -> Target:
         return Target((episode.height, episode.width), boxes, points)
     tracks = [{a.frame: {"size": size, "counts": a.counts} for a in o.annotations} for o in episode.objects]
     tracks = [track for track in tracks if t in track]
+    ignored = {f: [{"size": size, "counts": m.counts} for m in episode.ignore if m.frame == f] or None for f in episode.annotated_frames}
     return Target(
         image_size=(episode.height, episode.width),
         boxes=boxes,
         points=points,
         masks=episode.masks(t),
-        frames={f: FrameTarget(masks=[track.get(f) for track in tracks]) for f in episode.annotated_frames},
+        frames={f: FrameTarget(masks=[track.get(f) for track in tracks], ignore=ignored[f]) for f in episode.annotated_frames},
         frame=t,
+        ignore=ignored.get(t),
     )
 

@@ -17,7 +17,7 @@ from reward_service import Answer, RewardConfig, Score, Target, parse_answer
 from reward_service.difficulty import OnlineDifficulty, success_rate, uncertainty
 from reward_service.length import difficulty_class
 from reward_service.matching import assign, box_iou_matrix
-from reward_service.terms import union_iou
+from reward_service.measures import jaccard
 from rollout.engine import Completion
 from rollout.episodes import Episode
 from segmentation_service.masks import decode_rle
@@ -96,7 +96,8 @@ async def score_group(
         predicted = [track | {prompt.target_frame: on_target_frame} for track, on_target_frame in zip(tracks, decoded)]
     truth = None if draw.target.masks is None else np.asarray(draw.target.masks, bool).any(0)
     box_ious = tuple(mean_box_iou(a, draw.target) for a in answers)
-    mask_ious = () if decoded is None or truth is None else tuple(union_iou(m.any(0), truth) for m in decoded)
+    ignored = draw.target.ignored_HW()
+    mask_ious = () if decoded is None or truth is None else tuple(jaccard(m.any(0), truth, ignored) for m in decoded)
     success = None
     if online is not None:
         success = success_rate(mask_ious if online.config.success == "mask_iou" else box_ious, online.config.success_above)
@@ -171,11 +172,12 @@ def mean_box_iou(answer: Answer, target: Target) -> float:
 
 
 def mean_video_ious(tracks: Sequence[dict[int, list[dict]]], episode: Episode) -> tuple[float, ...]:
-    """For each answer the mean over the annotated frames of J: the union of its masks against that of all the query's targets."""
+    """For each answer the mean over the annotated frames of J: the union of its masks against that of all the query's targets.
+    Pixels that the episode ignores are left out."""
     size, totals = (episode.height, episode.width), np.zeros(len(tracks))
     for t in episode.annotated_frames:
-        truth = episode.masks(t).any(0)
-        totals += [union_iou(_decode(track[t], size).any(0), truth) for track in tracks]
+        truth, ignored = episode.masks(t).any(0), episode.ignored(t)
+        totals += [jaccard(_decode(track[t], size).any(0), truth, ignored) for track in tracks]
     return tuple((totals / len(episode.annotated_frames)).tolist())
 
 

@@ -63,6 +63,6 @@ def _pairs(group: Group, active: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mask_pairs(group: Group) -> np.ndarray:
-    true_masks = group.target.masks_NHW("iou (accuracy_iou=mask)")
-    rows = [matching.mask_iou_matrix(masks[: len(mine)], true_masks) for mine, masks in zip(group.objects, group.masks)]
+    true_masks = group.counted(group.target.masks_NHW("iou (accuracy_iou=mask)"))
+    rows = [matching.mask_iou_matrix(group.counted(masks[: len(mine)]), true_masks) for mine, masks in zip(group.objects, group.masks)]
     return np.concatenate(rows)

@@ -12,7 +12,7 @@ from reward_service import accuracy, terms
 from reward_service.answer import Answer
 from reward_service.config import RewardConfig
 from reward_service.space import factors
-from reward_service.target import MissingInput, Target, mask_stack
+from reward_service.target import MissingInput, Target, mask_stack, without
 from reward_service.video import VideoOverlap
 
 
@@ -70,13 +70,21 @@ class Group:
             raise ValueError(f"{what} has {len(given)} masks for an answer of {len(answer.objects)} objects")
         return mask_stack(given, self.target.image_size, what)
 
+    def counted(self, masks: np.ndarray) -> np.ndarray:
+        """Masks (..., H, W) on the target frame without the pixels that it ignores."""
+        return without(masks, self._ignored_HW)
+
+    @cached_property
+    def _ignored_HW(self) -> Optional[np.ndarray]:
+        return self.target.ignored_HW()
+
     @cached_property
     def mask_iou(self) -> list[Optional[float]]:
         """IoU of the unions on the target frame, None where no masks were passed."""
         if not len(self.target):
             return self.says_nothing
-        truth = self.target.union_HW("mask_iou")
-        return [None if m is None else terms.union_iou(m[: len(mine)].any(axis=0), truth) for m, mine in zip(self.masks, self.objects)]
+        truth = self.counted(self.target.union_HW("mask_iou"))
+        return [None if m is None else terms.union_iou(self.counted(m[: len(mine)].any(axis=0)), truth) for m, mine in zip(self.masks, self.objects)]
 
     @cached_property
     def video(self) -> VideoOverlap:

@@ -54,6 +54,7 @@ class FrameRequest(_Strict):
 
     boxes: Several[Optional[Box]] = Field(default=(), description="x1, y1, x2, y2 of each object, null where it is absent")
     masks: Optional[Masks] = Field(default=None, description="one an object, null where it is absent")
+    ignore: Optional[Rle] = Field(default=None, description="pixels that count in no overlap of masks on this frame, for terms over the video")
 
 
 class TargetRequest(_Strict):
@@ -65,6 +66,7 @@ class TargetRequest(_Strict):
     masks: Optional[Masks] = Field(default=None, description="one an object")
     frames: Annotated[Optional[dict[int, FrameRequest]], _few(MAX_FRAMES)] = Field(default=None, description="by frame id, in the order shown")
     frame: Optional[int] = Field(default=None, description="id of the target frame; null: the `frame` of the item")
+    ignore: Optional[Rle] = Field(default=None, description="pixels that count in no overlap of masks on the target frame")
 
 
 class ScoreItem(_Strict):

@@ -95,7 +95,8 @@ class RewardService:
         objects = max([len(item.target.boxes), *(len(f.boxes) for f in (item.target.frames or {}).values())])
         if objects > self.config.max_objects:
             raise ValueError(f"{objects} objects are more than the {self.config.max_objects} that this service takes")
-        truth = [item.target.masks, *(f.masks for f in (item.target.frames or {}).values())]
+        shown = [item.target, *(item.target.frames or {}).values()]
+        truth = [*(f.masks for f in shown), [f.ignore for f in shown]]
         predicted = [item.predicted_masks, *(item.predicted_tracks or {}).values()]
         sizes = [item.target.image_size, *(mask.size for masks in (*truth, *predicted) for mask in masks or () if mask is not None)]
         pixels = sum(max(height, 0) * max(width, 0) for height, width in sizes)
@@ -164,13 +165,17 @@ def _place(work: _Work, video: bool, named: bool) -> Place | None:
 def _target(given: TargetRequest, frame: int | None) -> Target:
     frames = None
     if given.frames is not None:
-        frames = {t: FrameTarget(f.boxes, None if f.masks is None else _rles(f.masks)) for t, f in given.frames.items()}
+        frames = {t: FrameTarget(f.boxes, None if f.masks is None else _rles(f.masks), _rle(f.ignore)) for t, f in given.frames.items()}
     masks = None if given.masks is None else _rles(given.masks)
-    return Target(given.image_size, given.boxes, given.points, masks, frames, given.frame if frame is None else frame)
+    return Target(given.image_size, given.boxes, given.points, masks, frames, given.frame if frame is None else frame, _rle(given.ignore))
 
 
 def _rles(masks: Sequence[Any]) -> list[dict | None]:
-    return [None if mask is None else mask.model_dump() for mask in masks]
+    return [_rle(mask) for mask in masks]
+
+
+def _rle(mask: Any) -> dict | None:
+    return None if mask is None else mask.model_dump()
 
 
 def _prompt(work: _Work | InvalidItem) -> Any:

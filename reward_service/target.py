@@ -19,10 +19,12 @@ class FrameTarget:
 
     boxes: one [x1, y1, x2, y2] an object, None where it is absent. masks: (N, H, W) bool or N masks or RLEs (None where
     absent), or one mask (H, W) of the union. accuracy_iou=video needs one an object, in the order of the target's boxes.
+    ignore: as of `Target`, for terms over the annotated frames.
     """
 
     boxes: Sequence[Optional[Sequence[float]]] = ()
     masks: object = None
+    ignore: object = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +35,8 @@ class Target:
     first inside its mask. masks: (N, H, W) bool, or N masks (H, W) or COCO RLE dicts. frames: shown frame id ->
     FrameTarget (or a dict with its fields), in the order shown. frame: id of the target frame, by which terms on the target
     frame find its masks where the predicted ones are {frame id: masks}. N = 0 is legal: nothing to find.
+    ignore: a mask (H, W) or RLE, or several, of pixels that count in no overlap of masks on the target frame: neither in the
+    intersection nor in the union (label 255 of ReasonSeg). Terms on boxes and points do not know it.
     Raises ValueError naming what does not fit.
     """
 
@@ -42,6 +46,7 @@ class Target:
     masks: object = None
     frames: Optional[Mapping[int, FrameTarget]] = None
     frame: Optional[int] = None
+    ignore: object = None
     _cache: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
@@ -98,6 +103,16 @@ class Target:
         masks = self.masks_NHW(for_term)
         return self.cached("union", lambda: masks.any(axis=0))
 
+    def ignored_HW(self, frame=None) -> Optional[np.ndarray]:
+        """bool (H, W): pixels to leave out of overlaps of masks on the target frame, or on one of `frames`; None where all count."""
+        given, what = (self.ignore, "target.ignore") if frame is None else (self.frames[frame].ignore, f"target.frames[{frame!r}].ignore")
+        if given is None:
+            return None
+        ignored = union_of(given, what, self.image_size)
+        if ignored.shape != self.image_size:
+            raise ValueError(f"{what} is {ignored.shape}, the target frame is {self.image_size} (height, width)")
+        return ignored
+
     def frame_union(self, frame) -> np.ndarray:
         """bool (H, W): union of the objects on a shown frame; its own size is allowed, all zero where none is there."""
         given = self.frames[frame].masks
@@ -137,6 +152,11 @@ class Target:
             if frame.masks is not None and (isinstance(frame.masks, dict) or any(m is not None for m in frame.masks)):
                 return union_of(frame.masks, "target.frames", self.image_size).shape
         return self.image_size
+
+
+def without(masks: np.ndarray, ignored_HW: Optional[np.ndarray]) -> np.ndarray:
+    """Masks (..., H, W) without the pixels to ignore: what both sides of an overlap go through."""
+    return masks if ignored_HW is None else masks & ~ignored_HW
 
 
 def mask_stack(masks, size_hw, what: str) -> np.ndarray:

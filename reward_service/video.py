@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reward_service import matching, measures
-from reward_service.target import MissingInput, mask_stack
+from reward_service.target import MissingInput, mask_stack, without
 
 if TYPE_CHECKING:
     from reward_service.group import Group
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class VideoOverlap:
     """G answers over T annotated frames in rising order; P objects of all answers, N true ones. What no active term needs is left out.
+    Pixels that a frame ignores are in no mask.
 
     pairs_PN: mean over the frames of J of each pair. j_G, f_G: mean J and mean F of the unions of objects. An object, or an answer,
     without a mask on any of the frames has 0 in all of them: else it would earn the frames on which the target is out of view.
@@ -45,11 +46,12 @@ class VideoOverlap:
         j_TG, f_TG, changes_TG, true_changes_T = [], [], [], []
         before = None
         for frame in sorted(target.frames):  # one at a time: the masks of a group on a whole video would not fit
-            true_NHW = target.frame_masks_NHW(frame) if by_object else None
-            true_HW = target.video_union_HW(frame) if true_NHW is None else true_NHW.any(axis=0)
+            ignored_HW = target.ignored_HW(frame)
+            true_NHW = without(target.frame_masks_NHW(frame) if by_object else target.video_union_HW(frame)[None], ignored_HW)
+            true_HW = true_NHW.any(axis=0)
             unions_GHW = np.zeros((count, *target.image_size), bool)
             for g in range(count):
-                masks_MHW, rows = _tracked(group, g, frame), owner_P == g
+                masks_MHW, rows = without(_tracked(group, g, frame), ignored_HW), owner_P == g
                 unions_GHW[g] = masks_MHW.any(axis=0)
                 found_P[rows] |= masks_MHW.any(axis=(1, 2))
                 if by_object:

@@ -121,15 +121,18 @@ class Episode:
         """Masks of the targets that can be seen in this frame: bool (N, H, W). Raises `DataError` where only boxes are known."""
         if not self.has_masks:
             raise DataError(f"episode {self.episode_id} has boxes and points but no masks; train on it with box and point rewards")
-        size = [self.height, self.width]
-        masks = [decode_rle({"size": size, "counts": a.counts}) for a in self.visible(frame)]
-        return np.stack(masks) if masks else np.zeros((0, *size), bool)
+        masks = [self.decoded(a) for a in self.visible(frame)]
+        return np.stack(masks) if masks else np.zeros((0, self.height, self.width), bool)
+
+    def decoded(self, mask: Annotation | IgnoreMask) -> np.ndarray:
+        """The mask of one of the episode's annotations: bool (H, W)."""
+        return decode_rle({"size": [self.height, self.width], "counts": mask.counts})
 
     def ignored(self, frame: int) -> np.ndarray:
         """Pixels of this frame that count neither for nor against an answer: bool (H, W)."""
         ignored_HW = np.zeros((self.height, self.width), bool)
         for mask in (m for m in self.ignore if m.frame == frame):
-            ignored_HW |= decode_rle({"size": ignored_HW.shape, "counts": mask.counts})
+            ignored_HW |= self.decoded(mask)
         return ignored_HW
 
     def target_frames(self, min_share: float = 0.001) -> list[int]:

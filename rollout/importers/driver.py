@@ -32,6 +32,7 @@ from rollout.importers.ref_youtube_vos import REF_YOUTUBE_VOS
 from rollout.importers.refcoco import REFCOCO, REFCOCO_PLUS, REFCOCOG
 from rollout.importers.revos import REVOS
 from rollout.importers.visionreasoner import VISIONREASONER
+from rollout.report_file import REPORT, read_report, write_report
 
 BENCHMARKS = {
     b.name: b
@@ -54,7 +55,7 @@ def import_data(
     """Imports the splits (default: all that are there) of a benchmark in `source` to `out`; returns split -> report.
 
     workers: processes. keep_suspect: keep doubtful masks in the training split too. shard_items: videos or images a shard.
-    Raises SourceError where a split's files are not there, or `out` holds another import.
+    Raises SourceError where a split's files are not there, DataError where `out` holds another import.
     """
     benchmark, source, out = BENCHMARKS[kind], Path(source), Path(out)
     unknown = [s for s in splits if s not in benchmark.splits]
@@ -88,16 +89,16 @@ def _import_split(
         "annotation_sha256": _hashes(benchmark.files(source, split), source),
     }
     if folder.exists():
-        report = json.loads(_checked(folder / "report.json", settings, out).read_text())
+        report = read_report(folder, settings, "import")
         progress(f"{benchmark.name}/{split}: already imported to {folder}")
         return report
     items = _items(benchmark, source, split, out)
     if not items:
         return None
     partial_folder.mkdir(parents=True, exist_ok=True)
-    if not (partial_folder / "report.json").exists():
-        _write_json(partial_folder / "report.json", settings)
-    _checked(partial_folder / "report.json", settings, out)
+    if not (partial_folder / REPORT).exists():
+        write_report(partial_folder, settings)
+    read_report(partial_folder, settings, "import")
     shards = [items[i : i + shard_items] for i in range(0, len(items), shard_items)]
     task = partial(convert, source=benchmark.name, split=split, folder=folder, keep_suspect=keep_suspect)
     begin, done_before = time.monotonic(), 0
@@ -121,7 +122,7 @@ def _import_split(
         left = f", {(len(items) - done) / rate:.0f} s left" if rate and done < len(items) else ""
         progress(f"{benchmark.name}/{split}: {done}/{len(items)} videos or images, {counts['episodes']} episodes, {counts['skipped']} skipped{left}")
     report = settings | counts | {"skipped_by_reason": skipped, "notes": _notes(benchmark, split, settings, counts)}
-    _write_json(partial_folder / "report.json", report)
+    write_report(partial_folder, report)
     os.replace(partial_folder, folder)
     return report
 
@@ -174,24 +175,6 @@ def _hashes(files: Sequence[Path], source: Path) -> dict[str, str]:
     if len(digests) > 8:
         return {f"{len(digests)} files": hashlib.sha256(json.dumps(digests).encode()).hexdigest()}
     return digests
-
-
-def _checked(file: Path, settings: Mapping, out: Path) -> Path:
-    """The report of an earlier import, if that was the same one. Raises SourceError where it was not."""
-    if not file.exists():
-        raise SourceError(f"{file.parent} is there and was not made by an import; give another folder than {out}")
-    before = json.loads(file.read_text())
-    changed = [key for key, value in settings.items() if before.get(key) != value]
-    if changed:
-        was = ", ".join(f"{key} was {before.get(key)}, is {settings[key]}" for key in changed)
-        raise SourceError(f"{file.parent} is of another import ({was}); remove it or give another folder than {out}")
-    return file
-
-
-def _write_json(file: Path, content: Mapping) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, file)
 
 
 @contextmanager

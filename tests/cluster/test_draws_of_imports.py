@@ -8,16 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cluster import config, config_resolve
 from cluster.draws import Draws
 from cluster.errors import DataError
+from cluster.evaluation import held_out_metrics
 from cluster.scoring import score_group
 from reward_service.target import MissingInput
 from rollout.engine import Completion
 from rollout.importers.driver import import_data
 from rollout.prompts import PromptBuilder
 from segmentation_service.geometry import to_policy_units
+from segmentation_service.masks import decode_rle, mask_iou
+from segmentation_service.segmenter import Segmenter
 from tests.conftest import TOY
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "rollout"))
@@ -68,6 +72,35 @@ def test_boxes_without_masks(draws_of, settings):
 def test_an_image_with_masks(draws_of):
     draw = draws_of("reasonseg", miniatures.reasonseg, "train").train(0)
     assert np.array_equal(draw.video.frame(0), draw.frame) and draw.target.masks.shape == (1, *miniatures.HW)
+
+
+def test_ignored_pixels_of_an_image_are_in_no_reward(draws_of, settings):
+    """The region to ignore lies in the middle of a red target, and the toy SAM2's mask covers some of both."""
+
+    def red(root):
+        miniatures.reasonseg(root)
+        frame_HW3 = np.full((*miniatures.HW, 3), 60, np.uint8)
+        frame_HW3[2:16, 2:21] = (225, 45, 45)
+        Image.fromarray(frame_HW3).save(root / "ReasonSeg/train/a_1.jpg", quality=95)
+
+    draw, segmenter = draws_of("reasonseg", red, "train").train(0), Segmenter(settings.segmentation.checkpoint, device="cpu")
+
+    async def segment(frame_HW3, hypotheses):
+        return segmenter.segment_group(frame_HW3, hypotheses)
+
+    async def propagate(video, target_frame, masks, frames):
+        return [{target_frame: of_answer} for of_answer in masks]
+
+    weights = replace(settings.reward.weights, negative_point=0.0, mask_iou=1.0, video_quality=1.0)
+    gradings = dict.fromkeys(("iou_grading", "mask_iou_grading", "video_quality_grading"), "graded")
+    reward = replace(settings.reward, weights=weights, accuracy_iou="mask", video_measure="j", **gradings)
+    group = asyncio.run(score_group(draw, [right_answer(draw)], [1], reward, segment, propagate))
+    predicted_HW, (true_HW,) = decode_rle(group.masks[0][0]), draw.target.masks
+    label_HW = np.where(draw.episode.ignored(0), 255, true_HW.astype(int))  # as the file paints it
+    iou = np.sum(predicted_HW & (label_HW == 1)) / np.sum((predicted_HW | (label_HW == 1)) & (label_HW != 255))
+    assert iou > mask_iou(predicted_HW, true_HW) > 0.1
+    assert group.mask_ious == group.video_ious == pytest.approx((iou,)) and held_out_metrics([group])["iou/mask"] == pytest.approx(iou)
+    assert [group.scores[0].terms[name] for name in ("iou", "mask_iou", "video_quality")] == pytest.approx([iou] * 3)
 
 
 def test_hidden_truth_is_never_drawn(draws_of):

@@ -5,9 +5,8 @@ import json
 import miniatures
 import pytest
 
-from rollout.episodes import read_episodes
+from rollout.episodes import DataError, read_episodes
 from rollout.importers.driver import import_data
-from rollout.importers.item import SourceError
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +63,10 @@ def test_processes_change_nothing_and_a_second_import_does_nothing(source, tmp_p
 
 def test_imports_are_not_mixed(source, tmp_path):
     import_data("mevis", source, tmp_path / "out", progress=lambda line: None)
-    with pytest.raises(SourceError, match="of another import .*keep_suspect was False, is True.*remove it or give another folder"):
+    with pytest.raises(DataError, match="of another import .*keep_suspect was False, is True.*remove it or give another folder"):
         import_data("mevis", source, tmp_path / "out", keep_suspect=True, progress=lambda line: None)
     (tmp_path / "own/train").mkdir(parents=True)
-    with pytest.raises(SourceError, match="was not made by an import"):
+    with pytest.raises(DataError, match="was not made by an import"):
         import_data("mevis", source, tmp_path / "own", progress=lambda line: None)
 
 
