@@ -159,7 +159,7 @@ class Scenarios:
     def rates_of_parts(self):
         """The largest change of a weight of each part: AdamW's first step is as long as its learning rate."""
         first_step = replace(TRAIN, lr=1e-3, adam_eps=1e-12, max_grad_norm=0.0, warmup_steps=0, lr_schedule="constant")
-        for stage, vision, projector in ((2, 0.0, 0.0), (0, 4e-3, 5e-4), (2, 4e-3, 5e-4), (3, 4e-3, 5e-4), (2, 0.0, None)):
+        for stage, vision, projector in ((2, 0.0, 0.0), (0, 4e-3, 5e-4), (3, 4e-3, None)):
             learner = self.learner(replace(first_step, zero_stage=stage, vision_lr=vision, projector_lr=projector))
             before = self.weights(learner)
             learner.train_step(samples())

@@ -116,7 +116,7 @@ def test_adapters_learn_and_are_merged_into_what_they_adapt(results, ranks):
     assert found["resumed"] and found["losses"] == pytest.approx(results["1_0"]["adapters"]["losses"], rel=1e-4)
 
 
-@pytest.mark.parametrize("stage, vision, projector", [(2, 0.0, 0.0), (0, 4e-3, 5e-4), (2, 4e-3, 5e-4), (3, 4e-3, 5e-4), (2, 0.0, None)])
+@pytest.mark.parametrize("stage, vision, projector", [(2, 0.0, 0.0), (0, 4e-3, 5e-4), (3, 4e-3, None)])
 def test_each_part_learns_at_its_rate(results, stage, vision, projector):
     longest = results["1_0"][f"rates, ZeRO {stage}, {vision}, {projector}"]
     assert longest == pytest.approx({"language": 1e-3, "vision": vision, "projector": 1e-3 if projector is None else projector}, rel=0.01)
