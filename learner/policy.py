@@ -18,7 +18,7 @@ FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 class PolicyModel(nn.Module):
     """Wraps the model so that DeepSpeed sees one module whose forward pass gives what the loss needs.
 
-    model: a Qwen2.5-VL (or kin) with the `shared_prompt` attention; its language head is replaced by a LogProbHead.
+    model: a Qwen2.5-VL or Qwen3-VL with the `shared_prompt` attention; its language head is replaced by a LogProbHead.
     """
 
     def __init__(self, model: nn.Module, banned_token_ids: Collection[int], temperature: float, chunk: int):
@@ -53,7 +53,9 @@ class PolicyModel(nn.Module):
         side = vision.spatial_merge_size
         pixels = hidden.new_zeros(side * side, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
         grid = torch.tensor([[1, side, side]], device=hidden.device)
-        return 0.0 * self.model.model.get_image_features(pixels, grid).pooler_output[0].sum()
+        features = self.model.model.get_image_features(pixels, grid)
+        deepstack = getattr(features, "deepstack_features", ())  # Qwen3-VL's, each by a merger of its own
+        return 0.0 * sum(feature[0].sum() for feature in (features.pooler_output, *deepstack))
 
     def rope_index(self, prompt_ids: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
         """M-RoPE positions (3, P) int64 of one prompt, by the model's own rule."""

@@ -8,18 +8,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_learner import BANNED, IMAGE, VIDEO, plain_logprobs, plain_logprobs_and_entropy, random_samples, tiny_model, tiny_qwen3_model
+from tiny_learner import BANNED, IMAGE, SPECS, VIDEO, image_processor, plain_logprobs, plain_logprobs_and_entropy, random_samples, tiny_model, tiny_qwen3_model
 
 from learner import shared_prompt
 from learner.batch import SampleError, check_fingerprints, check_samples, collate, prompt_fingerprint
 from learner.config import LearnerConfig
 from learner.logprobs import chunked_logprobs
 from learner.loss import micro_batch_loss, step_totals
-from learner.patchify import PatchSpec, image_grid, patchify
+from learner.patchify import image_grid, patchify
 from learner.policy import PolicyModel
 from learner.schedule import SampleSize, schedule
 
-SPEC = PatchSpec(14, 2, 2, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+SPEC = SPECS["qwen2_5_vl"]
 
 
 @pytest.fixture(autouse=True)
@@ -47,13 +47,14 @@ def relative_errors(policy, plain):
     return {name: float((a.grad - b.grad).norm() / b.grad.norm()) for (name, a), (_, b) in pairs if b.grad is not None and b.grad.norm() > 0}
 
 
-@pytest.mark.parametrize("options", [{}, {"tie": True, "heads": 2, "key_heads": 2}, {"checkpointing": True}, {"family": "qwen3_vl"}])
+@pytest.mark.parametrize("options", [{}, {"tie": True, "heads": 2, "key_heads": 2}, {"checkpointing": True}, {"family": "qwen3_vl"}, {"family": "qwen3_vl", "checkpointing": True}])
 def test_shared_prompts_equal_separate_rows(options):
     policy, plain = policies(**options)
-    samples = random_samples(groups=3, completions=4)
+    spec = SPECS[plain.config.model_type]
+    samples = random_samples(groups=3, completions=4, patch=spec.patch)
     samples[0] = replace(samples[0], response_ids=samples[0].response_ids[:1], rollout_logprobs=samples[0].rollout_logprobs[:1])
     order = [5, 0, 1, 2, 3, 8, 4, 6, 7, 9, 10, 11]
-    batch = collate(samples, order, SPEC, policy.rope_index)
+    batch = collate(samples, order, spec, policy.rope_index)
     assert batch.input_ids.numel() == sum(len(samples[4 * g].prompt_ids) for g in range(3)) + sum(len(s.response_ids) - 1 for s in samples)
     found, _ = policy(batch)
     expected = torch.cat([plain_logprobs(plain, samples[i], 0.7) for i in order])
@@ -158,8 +159,9 @@ def test_an_advantage_is_a_number_or_one_a_token():
     np.testing.assert_allclose(batch.advantages, np.concatenate([each[2], np.full(len(each[0]), 2.0), each[1]]), rtol=1e-6)
 
 
-def test_text_only_prompts_keep_the_vision_tower_in_the_graph():
-    policy, plain = policies()
+@pytest.mark.parametrize("family", SPECS)
+def test_text_only_prompts_keep_the_vision_tower_in_the_graph(family):
+    policy, plain = policies(family)
     samples = random_samples(groups=2, completions=2, images=0)
     batch = collate(samples, range(4), SPEC, policy.rope_index)
     found, _ = policy(batch)
@@ -190,15 +192,17 @@ def test_chunked_logprobs_equal_full_logits(temperature):
     assert chunked_logprobs(hidden, weight, torch.full((23,), 39), banned=banned)[0].isinf().all()
 
 
-def test_patchify_equals_the_image_processor():
-    from transformers import Qwen2VLImageProcessor
-
-    rng = np.random.default_rng(0)
-    images = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((56, 84), (112, 28), (56, 84), (28, 28))]
-    inputs = Qwen2VLImageProcessor()(images=images, do_resize=False, return_tensors="pt")
-    rows, grid = patchify(images, SPEC)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_patchify_equals_the_image_processor(spec):
+    rng, step = np.random.default_rng(0), spec.patch * spec.merge
+    images = [rng.integers(0, 256, (h * step, w * step, 3), dtype=np.uint8) for h, w in ((2, 3), (4, 1), (2, 3), (1, 1))]
+    inputs = image_processor(spec)(images=images, do_resize=False, return_tensors="pt")
+    rows, grid = patchify(images, spec)
     assert torch.equal(grid, inputs["image_grid_thw"]) and torch.equal(rows, inputs["pixel_values"])
-    assert patchify([], SPEC)[0].shape == (0, SPEC.row_width)
+    assert patchify([], spec)[0].shape == (0, spec.row_width)
+
+
+def test_images_that_are_not_at_size_are_refused():
     with pytest.raises(ValueError, match=r"\(57, 84, 3\).*multiples of 28"):
         image_grid(np.zeros((57, 84, 3), np.uint8), SPEC)
 

@@ -56,3 +56,19 @@ def test_names_of_an_official_size():
     assert len(metadata) == 824 and "lm_head.weight" not in metadata
     assert metadata["model.layers.35.self_attn.k_proj.bias"] == (256,) and metadata["visual.blocks.31.attn.qkv.weight"] == (3840, 1280)
     assert metadata["model.embed_tokens.weight"] == (151936, 2048) and metadata["visual.merger.mlp.2.weight"] == (2048, 5120)
+
+
+def test_names_of_qwen3_vl_4b():
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    config = Qwen3VLConfig(
+        text_config=dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936),
+        vision_config=dict(depth=24, hidden_size=1024, intermediate_size=4096, out_hidden_size=2560, deepstack_visual_indexes=[5, 11, 17]),
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(config)
+    metadata = {name: shape for name, _, shape in weight_metadata(model)}
+    assert len(metadata) == 713 and "lm_head.weight" not in metadata
+    assert metadata["model.language_model.layers.35.self_attn.k_norm.weight"] == (128,)
+    assert metadata["model.visual.pos_embed.weight"] == (2304, 1024) and metadata["model.visual.deepstack_merger_list.2.linear_fc2.weight"] == (2560, 4096)

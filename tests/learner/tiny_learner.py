@@ -1,4 +1,4 @@
-"""A tiny random Qwen2.5-VL folder and random samples for it: what the learner's tests train on."""
+"""Tiny random policies of both families and random samples for them: what the learner's tests train on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import numpy as np
 import torch
 
 from learner.batch import Sample, prompt_fingerprint
+from learner.patchify import PatchSpec
 
 VOCABULARY, IMAGE, VIDEO, START, END = 300, 290, 291, 292, 293
 BANNED = (IMAGE, VIDEO, START, END, *range(294, 300))
+SPECS = {
+    "qwen2_5_vl": PatchSpec(14, 2, 2, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "qwen3_vl": PatchSpec(16, 2, 2, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 
 
 def tiny_model(hidden=32, layers=2, vision=32, heads=4, key_heads=2, seed=0, tie=False, vocabulary=VOCABULARY, intermediate=None):
@@ -28,7 +33,10 @@ def tiny_model(hidden=32, layers=2, vision=32, heads=4, key_heads=2, seed=0, tie
         ),
         image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END, tie_word_embeddings=tie,
     )
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    return _perturbed(Qwen2_5_VLForConditionalGeneration(config))
+
+
+def _perturbed(model):
     with torch.no_grad():
         for parameter in model.parameters():  # norms start at 1, which hides mistakes
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -46,12 +54,12 @@ def tiny_qwen3_model(seed=0):
             rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1], mrope_interleaved=True),
         ),
         vision_config=dict(
-            depth=3, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=32, patch_size=14, spatial_merge_size=2,
+            depth=3, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=32, patch_size=16, spatial_merge_size=2,
             num_position_embeddings=64, deepstack_visual_indexes=[0, 1],
         ),
         image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
     )
-    return Qwen3VLForConditionalGeneration(config)
+    return _perturbed(Qwen3VLForConditionalGeneration(config))
 
 
 def save_policy(folder, **options) -> str:
@@ -62,13 +70,21 @@ def save_policy(folder, **options) -> str:
     return str(folder)
 
 
-def random_samples(groups=3, completions=4, seed=0, images=2, image_hw=(56, 84), text=20, response=(1, 12), vary=True) -> list[Sample]:
+def image_processor(spec: PatchSpec):
+    """The real image processor with the settings of `spec`."""
+    from transformers import Qwen2VLImageProcessor
+
+    return Qwen2VLImageProcessor(patch_size=spec.patch, merge_size=spec.merge, temporal_patch_size=spec.temporal, image_mean=spec.mean, image_std=spec.std)
+
+
+def random_samples(groups=3, completions=4, seed=0, images=2, grid_hw=(4, 6), text=20, response=(1, 12), vary=True, patch=14) -> list[Sample]:
+    """Samples whose images have `grid_hw` patches of `patch` pixels."""
     rng = np.random.default_rng(seed)
     samples = []
     for group in range(groups):
         count = images if not vary else int(rng.integers(1, images + 1)) if images else 0
-        pictures = tuple(rng.integers(0, 256, (*image_hw, 3), dtype=np.uint8) for _ in range(count))
-        grid = np.array([[1, image_hw[0] // 14, image_hw[1] // 14]] * count, np.int64).reshape(-1, 3)
+        pictures = tuple(rng.integers(0, 256, (patch * grid_hw[0], patch * grid_hw[1], 3), dtype=np.uint8) for _ in range(count))
+        grid = np.array([[1, *grid_hw]] * count, np.int64).reshape(-1, 3)
         ids = list(rng.integers(0, 280, 3))
         for t, h, w in grid:
             ids += [START, *[IMAGE] * (t * h * w // 4), END]
@@ -93,11 +109,9 @@ def plain_logprobs(model, sample: Sample, temperature: float, banned=BANNED):
 def plain_logprobs_and_entropy(model, sample: Sample, temperature: float, banned=BANNED):
     """Both the plain way: one row, full logits, transformers' own forward pass. Differentiable."""
     ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids]).astype(np.int64))[None]
-    from transformers import Qwen2VLImageProcessor
-
     media = {}
     if sample.images:
-        inputs = Qwen2VLImageProcessor()(images=list(sample.images), do_resize=False, return_tensors="pt")
+        inputs = image_processor(SPECS[model.config.model_type])(images=list(sample.images), do_resize=False, return_tensors="pt")
         media = dict(pixel_values=inputs["pixel_values"].to(model.dtype), image_grid_thw=inputs["image_grid_thw"])
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == IMAGE).int(), use_cache=False, **media).logits[0]
     logits = logits[len(sample.prompt_ids) - 1 : -1] / temperature

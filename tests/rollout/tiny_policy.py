@@ -1,4 +1,4 @@
-"""A tiny random Qwen2.5-VL checkpoint folder for tests: real config, tokenizer, processor and safetensors, about 1.5 M parameters."""
+"""Tiny random checkpoint folders of both policy families for tests: real config, tokenizer, processor and safetensors."""
 
 import json
 import os
@@ -43,60 +43,23 @@ def _tokenizer():
     )
 
 
-def build_tiny_policy(folder, *, seed=0, tie=True, hidden=128, layers=4, scale=0.05):
-    """Write a random Qwen2.5-VL policy into `folder` (created) and return the folder as a string.
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
-    `tie` ties the output head to the embeddings (as the 3B model does); `scale` is the standard deviation of the random
+
+def build_tiny_policy(folder, *, family="qwen2_5_vl", seed=0, tie=True, hidden=128, layers=4, scale=0.05):
+    """Write a random policy of a family into `folder` (created) and return the folder as a string.
+
+    `tie` ties the output head to the embeddings (as the small published models do); `scale` is the standard deviation of the random
     weights, large enough that distributions are far from uniform and images change them. The weights depend only on the arguments.
     """
     import torch
-    from transformers import (
-        GenerationConfig,
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2VLImageProcessor,
-    )
+    from transformers import AutoModelForImageTextToText, GenerationConfig
 
     folder = str(folder)
     os.makedirs(folder, exist_ok=True)
     tokenizer = _tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    text = dict(
-        vocab_size=VOCAB_PADDED,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        rope_theta=10000.0,
-        rope_scaling={"type": "mrope", "rope_type": "default", "mrope_section": [hidden // 32, hidden * 3 // 64, hidden * 3 // 64]},
-        tie_word_embeddings=tie,
-        bos_token_id=ids["<|endoftext|>"],
-        eos_token_id=ids["<|im_end|>"],
-    )
-    vision = dict(
-        depth=2,
-        hidden_size=64,
-        intermediate_size=128,
-        num_heads=2,
-        out_hidden_size=hidden,
-        patch_size=14,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        window_size=56,
-        fullatt_block_indexes=[1],
-    )
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=tie,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-    )
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = AutoModelForImageTextToText.from_config(_config(family, ids, tie, hidden, layers))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -105,8 +68,52 @@ def build_tiny_policy(folder, *, seed=0, tie=True, hidden=128, layers=4, scale=0
     model.generation_config = GenerationConfig(eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=1024 * 1024, patch_size=14, merge_size=2, temporal_patch_size=2).save_pretrained(folder)
+    image_processor(family).save_pretrained(folder)
     return folder
+
+
+def image_processor(family):
+    """The image processor of a family's published checkpoints, but for smaller limits on pixels."""
+    from transformers import Qwen2VLImageProcessor
+
+    if family == "qwen2_5_vl":
+        return Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=1024 * 1024, patch_size=14)
+    return Qwen2VLImageProcessor(min_pixels=32 * 32, max_pixels=1024 * 1024, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+def _config(family, ids, tie, hidden, layers):
+    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
+
+    text = dict(
+        vocab_size=VOCAB_PADDED,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tie,
+        bos_token_id=ids["<|endoftext|>"],
+        eos_token_id=ids["<|im_end|>"],
+    )
+    vision = dict(hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=hidden, spatial_merge_size=2, temporal_patch_size=2)
+    if family == "qwen2_5_vl":
+        text |= dict(rope_theta=10000.0, rope_scaling={"type": "mrope", "rope_type": "default", "mrope_section": [hidden // 32, hidden * 3 // 64, hidden * 3 // 64]})
+        vision |= dict(depth=2, patch_size=14, window_size=56, fullatt_block_indexes=[1])
+    else:
+        side = hidden * 5 // 128
+        rope = dict(rope_type="default", rope_theta=10000.0, mrope_interleaved=True, mrope_section=[hidden // 8 - 2 * side, side, side])
+        text |= dict(head_dim=hidden // 4, rope_parameters=rope)
+        vision |= dict(depth=3, patch_size=16, num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
+    return {"qwen2_5_vl": Qwen2_5_VLConfig, "qwen3_vl": Qwen3VLConfig}[family](
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=tie,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
 
 
 def tiny_prompt(folder, text="the red circle", sizes=((56, 56), (56, 56), (168, 112)), seed=0, tokenizer=None):
