@@ -94,6 +94,12 @@ def combination_problems(config: RunConfig) -> list[Problem]:
         refuse(
             len(pixels) != 2 or min(pixels) < 1, f"prompt.{name}", f"{list(pixels)} is not a height and a width in pixels", "for example [448, 448]"
         )
+    refuse(
+        prompt.frames_as == "video",
+        "prompt.frames_as",
+        "is video, which would merge frames in pairs and give Qwen2.5-VL evenly spaced times, but the frames shown are not evenly spaced and the target frame stands alone",
+        "use images: every frame keeps its own time and size",
+    )
     refuse(learn.minibatches > groups, "learner.minibatches", f"{learn.minibatches} is more than rollout.prompts_per_step={groups}", "lower it")
     refuse(
         learn.ranks > groups,

@@ -24,7 +24,7 @@ from rollout.episodes import Episode
 from rollout.frame_samples import FrameSamples, nearest
 from rollout.mixture import Mixture
 from rollout.order import ShuffledOrder, substitute_at, target_frame_at, uniform_frames
-from rollout.prompts import Prompt, PromptBuilder
+from rollout.prompts import Prompt, PromptBuilder, PromptTooLong
 from segmentation_service.video import FramesInMemory, Video, VideoError, VideoReference
 
 from cluster.config import RunConfig
@@ -32,12 +32,13 @@ from cluster.errors import DataError
 from cluster.sections import DataConfig, WeightedData
 
 SUBSTITUTES = 20  # tried at one position before the data set counts as unreadable
+Unusable = (VideoError, PromptTooLong)  # what costs an episode, not the run
 
 
 @dataclass(frozen=True)
 class Draw:
     """One episode to answer. `frame` is the target frame at its original size: uint8 (H, W, 3); `video` all frames, unread;
-    `replaced` the episodes that were to come here and have broken videos."""
+    `replaced` the episodes that were to come here and could not be used."""
 
     position: int
     episode: Episode
@@ -50,15 +51,16 @@ class Draw:
 
 @dataclass(frozen=True)
 class BrokenEpisode:
-    """An episode left out for its video; `kind` is unreadable, slow or crashed, `reason` says more."""
+    """An episode left out for its video (`kind` is unreadable, slow or crashed) or its prompt (too_long); `reason` says more."""
 
     episode_id: str
     kind: str
     reason: str
 
     @classmethod
-    def of(cls, episode: Episode, error: VideoError) -> BrokenEpisode:
-        kind = "slow" if isinstance(error, SlowVideo) else "crashed" if isinstance(error, CrashingVideo) else "unreadable"
+    def of(cls, episode: Episode, error: VideoError | PromptTooLong) -> BrokenEpisode:
+        kinds = {SlowVideo: "slow", CrashingVideo: "crashed", PromptTooLong: "too_long"}
+        kind = next((kind for error_type, kind in kinds.items() if isinstance(error, error_type)), "unreadable")
         return cls(episode.episode_id, kind, str(error))
 
 
@@ -176,18 +178,18 @@ class Draws:
     def batch(self, start: int, count: int) -> list[Draw]:
         """The draws at `count` positions from `start`; their frames are decoded side by side.
 
-        An episode with a broken video is replaced by a random one. Raises DataError where substitutes are broken again and again.
+        An episode with a broken video, or a prompt that is too long, is replaced by a random one. Raises DataError where substitutes are broken again and again.
         """
         asked = [self._ask(p, self.episodes[self.episodes.at(p)]) for p in range(start, start + count)]
         return [self._with_substitutes(first) for first in asked]
 
     def held_out(self, count: int) -> tuple[list[Draw], list[BrokenEpisode]]:
-        """`count` episodes spread evenly over the data set (all of it if it has fewer), always the same; those with broken videos apart."""
+        """`count` episodes spread evenly over the data set (all of it if it has fewer), always the same; those that cannot be used apart."""
         draws, broken = [], []
         for asked in [self._ask(i, self.episodes[i]) for i in self._spread(count)]:
             try:
                 draws.append(self._draw(asked))
-            except VideoError as error:
+            except Unusable as error:
                 broken.append(BrokenEpisode.of(asked.episode, error))
         return draws, broken
 
@@ -199,9 +201,9 @@ class Draws:
         for asked in self._attempts(first):
             try:
                 return self._draw(asked, tuple(replaced))
-            except VideoError as error:
+            except Unusable as error:
                 replaced.append(BrokenEpisode.of(asked.episode, error))
-        raise DataError(f"{', '.join(self.paths)}: {len(replaced)} videos one after another cannot be read, last: {replaced[-1].reason}", "check that the data set is still there")
+        raise DataError(f"{', '.join(self.paths)}: {len(replaced)} episodes one after another cannot be used, last: {replaced[-1].reason}", "check that the data set is still there")
 
     def _attempts(self, first: _Asked) -> Iterator[_Asked]:
         yield first

@@ -10,7 +10,7 @@ Names (a `*` stands for a term, stage, class or service):
     kl/reference                                         mismatch/{kl,logprob_diff,prob_error,largest}
     clip/low_fraction clip/high_fraction                 learner/grad_norm learner/loss learner/lr
     tokens/prompt tokens/response tokens/per_second      seconds/* seconds/step
-    staleness/0 staleness/1 …                            failures/scoring failures/video failures/video/{unreadable,slow,crashed}
+    staleness/0 staleness/1 …                            failures/{scoring,too_long,video} failures/video/{unreadable,slow,crashed}
     eval/*
 
 Fractions are 0..1, lengths are tokens, times are seconds, KLs are nats per token.
@@ -117,9 +117,12 @@ def group_metrics(completions: Sequence[ScoredCompletion]) -> dict[str, float]:
     return out
 
 
-def broken_video_metrics(kinds: Sequence[str]) -> dict[str, float]:
-    """How many episodes were left out for their videos, all and by kind of fault."""
-    return {"failures/video": float(len(kinds))} | {f"failures/video/{kind}": float(count) for kind, count in sorted(Counter(kinds).items())}
+def left_out_metrics(kinds: Sequence[str]) -> dict[str, float]:
+    """How many episodes were left out: for prompts that are too long; for their videos, all and by kind of fault."""
+    counts = Counter(kinds)
+    too_long = counts.pop("too_long", 0)
+    by_kind = {f"failures/video/{kind}": float(count) for kind, count in sorted(counts.items())}
+    return {"failures/too_long": float(too_long), "failures/video": float(counts.total())} | by_kind
 
 
 def best_step(path: str | Path, name: str) -> int | None:

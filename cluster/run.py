@@ -22,7 +22,7 @@ from cluster.config import RunConfig
 from cluster.draws import SUBSTITUTES, BrokenEpisode, Draw, Draws
 from cluster.errors import RunFailed
 from cluster.evaluation import held_out_metrics
-from cluster.metrics import MetricsWriter, StageTimes, best_step, broken_video_metrics, read_metrics
+from cluster.metrics import MetricsWriter, StageTimes, best_step, left_out_metrics, read_metrics
 from cluster.placement import Actors, gather, start_actors, stop_actors
 from cluster.progress import Progress, first_and_last, summary_line
 from cluster.rollout_rows import rollout_rows
@@ -164,7 +164,7 @@ class Run:
             groups = await self.answer(draws, 1, self.sampling().greedy(), masks=True)
         broken += broken_episodes(groups)
         self.note_broken("held-out", broken)
-        values = held_out_metrics(groups) | broken_video_metrics([b.kind for b in broken])
+        values = held_out_metrics(groups) | left_out_metrics([b.kind for b in broken])
         rollout_log.write_rollouts(self.folder.path / "evaluations", self.step, rollout_rows(self.step, groups, {}, self.processor))
         self.metrics.write(self.step, {f"eval/{name}": value for name, value in values.items()})
         self.progress.note(f"held-out after {self.step} steps: " + "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
@@ -192,7 +192,7 @@ class Run:
 
     def note_broken(self, where: str, broken: list[BrokenEpisode]) -> None:
         for episode in broken:
-            self.progress.note(f"warning: {where}: episode {episode.episode_id} is left out, its video is {episode.kind}: {episode.reason}")
+            self.progress.note(f"warning: {where}: episode {episode.episode_id} is left out ({episode.kind}): {episode.reason}")
 
     def due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0

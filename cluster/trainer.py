@@ -18,7 +18,7 @@ from cluster.checkpoints import Checkpoint
 from cluster.config import RunConfig
 from cluster.draws import Draws
 from cluster.errors import CheckpointError, RunFailed
-from cluster.metrics import broken_video_metrics, completion_metrics
+from cluster.metrics import left_out_metrics, completion_metrics
 from cluster.placement import gather
 from cluster.progress import Progress
 from cluster.ray_cluster import join_cluster
@@ -93,7 +93,7 @@ async def learn(run: Run, groups: list[ScoredGroup]) -> None:
         completions = scored_completions(groups, version=run.step)
         tokens = sum(c.response_tokens for c in completions)
         learned |= {"kl": float(np.concatenate(kls).mean())} if kls else {}
-        values = completion_metrics(completions) | broken_video_metrics([b.kind for b in run.broken]) | learner_metrics(learned) | synced | run.times.metrics(tokens)
+        values = completion_metrics(completions) | left_out_metrics([b.kind for b in run.broken]) | learner_metrics(learned) | synced | run.times.metrics(tokens)
         run.metrics.write(step, values)
     if run.online:
         for g in kept:

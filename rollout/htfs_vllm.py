@@ -57,7 +57,7 @@ class FrozenModel:
 
         async def answer(look: Look) -> list[str]:
             async with slots:
-                images = await asyncio.to_thread(read_images, look, self.config.max_pixels, self._chat.patch * self._chat.merge)
+                images = await asyncio.to_thread(read_images, look, self.config.max_pixels, self._chat.step)
                 completions = await self._engine.generate(look_prompt(self._chat, look, images), len(look.seeds), sampling, look.seeds)
                 return [completion.text for completion in completions]
 
@@ -75,8 +75,8 @@ def look_prompt(chat: ImageChat, look: Look, images: Sequence[np.ndarray]) -> Lo
     """The look as the model sees it: label and image of each frame, then the question. Raises PromptError if the query holds a media token."""
     check_query(look.episode_id, look.query)
     text = chat.chat("", "".join(f"{label}: {IMAGE}" for label in look.labels) + "\n" + look.question)
-    short_ids, token_ids, _ = chat.encode(text, images)
-    return LookPrompt(look.episode_id, token_ids, tuple(short_ids), tuple(images))
+    plan = chat.plan_chat(text, [image.shape[:2] for image in images])
+    return LookPrompt(look.episode_id, plan.token_ids, plan.vllm_token_ids, tuple(images))
 
 
 def read_images(look: Look, max_pixels: int, step: int) -> list[np.ndarray]:

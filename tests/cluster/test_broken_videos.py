@@ -186,5 +186,5 @@ def test_a_data_set_that_is_gone_is_an_error(copy, drawing):
     data = drawing(copy)
     for video in {e.video_path for e in data.episodes}:
         shutil.rmtree(video)
-    with pytest.raises(DataError, match=f"{SUBSTITUTES + 1} videos one after another cannot be read, last: .*no such video file, and no folder"):
+    with pytest.raises(DataError, match=f"{SUBSTITUTES + 1} episodes one after another cannot be used, last: .*no such video file, and no folder"):
         data.train(0)

@@ -66,9 +66,10 @@ def test_nothing_scored_leaves_means_out():
     assert not any(completion_metrics([]).values())
 
 
-def test_broken_videos_are_counted_by_kind():
-    assert metrics.broken_video_metrics([]) == {"failures/video": 0}
-    assert metrics.broken_video_metrics(["slow", "unreadable", "slow"]) == {"failures/video": 3, "failures/video/slow": 2, "failures/video/unreadable": 1}
+def test_episodes_left_out_are_counted_by_kind():
+    assert metrics.left_out_metrics([]) == {"failures/video": 0, "failures/too_long": 0}
+    counts = metrics.left_out_metrics(["slow", "too_long", "unreadable", "slow"])
+    assert counts == {"failures/too_long": 1, "failures/video": 3, "failures/video/slow": 2, "failures/video/unreadable": 1}
 
 
 def test_equal_rewards_are_zero_variance_even_when_their_std_is_not_zero():
