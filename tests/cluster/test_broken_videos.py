@@ -1,4 +1,4 @@
-"""Draws of episodes whose videos are files, or broken: who takes whose place follows from the data alone, and is counted."""
+"""Draws of episodes whose videos are files or broken, or whose prompts are too long: who takes whose place follows from the data alone, and is counted."""
 
 import os
 import shutil
@@ -167,6 +167,20 @@ def test_held_out_episodes_with_broken_videos_are_left_out(copy, drawing):
     gone = [d for d in sound if d.episode.video == sound[2].episode.video]
     assert [identity(d) for d in rest] == [identity(d) for d in sound if d not in gone]
     assert [(b.episode_id, b.kind) for b in broken] == [(d.episode.episode_id, "unreadable") for d in gone]
+
+
+def test_episodes_whose_prompts_are_too_long_are_left_out(whole, copy, drawing):
+    """In training another one stands in, as for a broken video; in evaluations nobody does."""
+    victim = whole[0].episode.episode_id
+    episodes = [replace(e, query=e.query * 9000) if e.episode_id == victim else e for e in read_episodes(copy)]
+    write_episodes(episodes, copy / "episodes.parquet")
+    draws = drawing(copy)
+    first, rest = draws.train(0), draws.batch(1, 5)
+    assert [(e.episode_id, e.kind) for e in first.replaced] == [(victim, "too_long")] and first.episode.episode_id != victim
+    assert "more than prompt.max_tokens = 8192" in first.replaced[0].reason
+    assert [identity(d) for d in rest if not d.replaced] == [identity(d) for d, now in zip(whole[1:6], rest) if not now.replaced]
+    sound, left_out = draws.held_out(len(episodes))
+    assert [e.episode_id for e in left_out] == [victim] and len(sound) == len(draws.episodes) - 1
 
 
 def test_a_few_broken_videos_are_named_before_the_start_and_many_refuse_it(copy, drawing, capsys):

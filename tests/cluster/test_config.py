@@ -323,6 +323,7 @@ def test_what_the_machine_lacks_is_told_before_the_start():
         (["rollout.top_p=0.9"], "rollout.top_p"),
         (["prompt.target_size=[112]"], "prompt.target_size"),
         (["prompt.reference_size=[0,56]"], "prompt.reference_size"),
+        (["prompt.frames_as=video"], "prompt.frames_as"),
         (["learner.minibatches=25"], "learner.minibatches"),
         (["learner.ranks=25"], "learner.ranks"),
         (["loop.deterministic=true", "policy.dtype=bfloat16"], "loop.deterministic"),
