@@ -265,6 +265,8 @@ def test_the_paper_recipe_holds_the_papers_values():
     assert c.reward.formula == "videoseg_r1" and c.reward.accuracy_iou == "box" and not c.reward.needs_predicted_masks
     small = config.load("videoseg_r1_3b")
     assert small.policy.path.endswith("3B-Instruct") and small.reward == c.reward and small.run.recipe == "videoseg_r1_3b"
+    newer = config.load("videoseg_r1_qwen3_vl_8b")
+    assert newer.reward == c.reward and not any(side % 32 for side in newer.prompt.target_size + newer.prompt.reference_size)
 
 
 def test_the_paper_recipe_fits_eight_gpus():
