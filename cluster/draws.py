@@ -32,7 +32,7 @@ from cluster.errors import DataError
 from cluster.sections import DataConfig, WeightedData
 
 SUBSTITUTES = 20  # tried at one position before the data set counts as unreadable
-Unusable = (VideoError, PromptTooLong)  # what costs an episode, not the run
+UNUSABLE = (VideoError, PromptTooLong)  # what costs an episode, not the run
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ class Draws:
     def check_videos(self, seconds: float) -> None:
         """Looks through as many videos as fit in `seconds`, evenly over the data set, without decoding them, and builds one prompt.
 
-        Broken videos are named on standard error. Raises DataError where they are more than `data.max_broken_share`, PromptError
-        where no prompt can be built: before anything starts.
+        Broken videos are named on standard error. Raises DataError where they are more than `data.max_broken_share`, or where
+        prompt after prompt is too long, PromptError where none can be built: before anything starts.
         """
         until, broken, looked, videos = time.monotonic() + seconds, [], 0, self._videos()
         while (not looked or time.monotonic() < until) and (some := list(islice(videos, 4 * self.data.decoders))):
@@ -189,7 +189,7 @@ class Draws:
         for asked in [self._ask(i, self.episodes[i]) for i in self._spread(count)]:
             try:
                 draws.append(self._draw(asked))
-            except Unusable as error:
+            except UNUSABLE as error:
                 broken.append(BrokenEpisode.of(asked.episode, error))
         return draws, broken
 
@@ -201,7 +201,7 @@ class Draws:
         for asked in self._attempts(first):
             try:
                 return self._draw(asked, tuple(replaced))
-            except Unusable as error:
+            except UNUSABLE as error:
                 replaced.append(BrokenEpisode.of(asked.episode, error))
         raise DataError(f"{', '.join(self.paths)}: {len(replaced)} episodes one after another cannot be used, last: {replaced[-1].reason}", "check that the data set is still there")
 

@@ -18,7 +18,7 @@ from cluster.checkpoints import Checkpoint
 from cluster.config import RunConfig
 from cluster.draws import Draws
 from cluster.errors import CheckpointError, RunFailed
-from cluster.metrics import left_out_metrics, completion_metrics
+from cluster.metrics import completion_metrics, left_out_metrics
 from cluster.placement import gather
 from cluster.progress import Progress
 from cluster.ray_cluster import join_cluster
