@@ -3,7 +3,7 @@
     python -m examples.toy.train_sampler --out runs/toy-sampler/model
 
 It starts from examples/toy/models/policy, vision tower frozen, and sees the prompts that HTFS builds (examples/toy/sampler.yaml) about
-shapes that are in view in part of a video only. The teacher answers from the truth. The result is a Hugging Face folder
+the shapes of videos in which one at least is in view in part only. The teacher answers from the truth. The result is a Hugging Face folder
 with `training.json` beside the weights. A training that was cut short goes on from its last evaluation.
 """
 
@@ -34,13 +34,17 @@ POLICY = Path(__file__).parent / "models/policy"
 SETTINGS = Path(__file__).parent / "sampler.yaml"
 WORLD = WorldConfig(objects=(2, 3), touching=0.0)  # of a single shape nothing is ever out of view
 LEVEL = "easy"  # queries that name their target's colour and kind
+PARTLY_STEPS = 300  # at first about shapes in view in part only, of which there is most to say; then about all, so that the query has to be read
 LOOSE = 30  # percent of a look by which the intervals that lead to the next one are too wide, at most: models err, too
 
 
-def looks_of(video: ToyVideo, config: HTFSConfig, rng: np.random.Generator) -> list[tuple[Look, str]]:
-    """What HTFS asks about the named shapes of a video that are in view in part of it only, with the teacher's answers."""
+def looks_of(video: ToyVideo, config: HTFSConfig, rng: np.random.Generator, partly: bool) -> list[tuple[Look, str]]:
+    """What HTFS asks about the named shapes of a video, with the teacher's answers; nothing where none is in view in part only.
+    `partly`: it asks about such shapes alone."""
     teacher, answered = Teacher(video, config), []
-    queries = [q for q in video.queries if q.level == LEVEL and partly_visible(teacher.visible(q))]
+    named = [q for q in video.queries if q.level == LEVEL]
+    queries = [q for q in named if partly_visible(teacher.visible(q))]
+    queries = named if queries and not partly else queries
 
     def ask(looks: list[Look]) -> list[list[str]]:
         replies = [teacher.reply(look) for look in looks]
@@ -59,12 +63,12 @@ def loosened(reply: str, rng: np.random.Generator) -> str:
     return f"{max(0, first - rng.integers(LOOSE))}-{min(100, last + rng.integers(LOOSE))}"
 
 
-def examples_of(video: ToyVideo, chat: ImageChat, config: HTFSConfig, rng: np.random.Generator) -> list[Example]:
+def examples_of(video: ToyVideo, chat: ImageChat, config: HTFSConfig, rng: np.random.Generator, partly: bool) -> list[Example]:
     """The looks of `looks_of`, as the model sees them."""
     size = size_within((video.config.height, video.config.width), config.max_pixels, chat.step)
     shown = cache(lambda t: resize(video.frame(t), size))
     examples = []
-    for look, reply in looks_of(video, config, rng):
+    for look, reply in looks_of(video, config, rng, partly):
         prompt = look_prompt(chat, look, [shown(t) for t in look.frame_ids])
         ids = chat.tokenizer(reply + "<|im_end|>", add_special_tokens=False)["input_ids"]
         examples.append(Example(prompt.token_ids, np.array(ids, np.int32), prompt.images))
@@ -84,7 +88,7 @@ class Stream(IterableDataset):
             rng = np.random.default_rng([self.seed, step, 1])
             batch: list[Example] = []
             while len(batch) < self.batch:
-                batch += examples_of(make_video(int(rng.integers(HELD_OUT)), WORLD), chat, self.config, rng)
+                batch += examples_of(make_video(int(rng.integers(HELD_OUT)), WORLD), chat, self.config, rng, partly=step <= PARTLY_STEPS)
             yield batch[: self.batch]
 
 
@@ -93,7 +97,7 @@ def evaluate(model, config: HTFSConfig, count: int) -> dict[str, float]:
     """On looks at held-out videos: the loss, and the share of answers of which every token is the likeliest one."""
     chat, rng, examples, seed = ImageChat(str(POLICY)), np.random.default_rng(0), [], HELD_OUT
     while len(examples) < count:
-        examples += examples_of(make_video(seed, WORLD), chat, config, rng)
+        examples += examples_of(make_video(seed, WORLD), chat, config, rng, partly=False)
         seed += 1
     losses, right = [], []
     for start in range(0, count, 50):
@@ -117,7 +121,7 @@ def prepare(work: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -130,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
         prepare(work)
     state = fit(work, lambda done: Stream(config, args.batch, args.steps, args.seed, done), [(args.steps, args.lr)], 100, lambda model, step: evaluate(model, config, 200))
     recipe = {k: v for k, v in vars(args).items() if k != "out"}
-    publish(work, args.out, {"recipe": recipe, "world": asdict(WORLD), "htfs": asdict(config), "curve": state["curve"]})
+    publish(work, args.out, {"recipe": recipe | {"partly_steps": PARTLY_STEPS}, "world": asdict(WORLD), "htfs": asdict(config), "curve": state["curve"]})
 
 
 if __name__ == "__main__":
