@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset
-from transformers import AutoTokenizer
 
 from cluster.sample_frames import load_settings
 from examples.toy.sampler_teacher import Teacher, partly_visible
