@@ -66,40 +66,48 @@ def write_toy_data(out: str | Path, config: ToyDataConfig = ToyDataConfig(), pro
 def _write_video(seed: int, root: Path, config: ToyDataConfig) -> tuple[list[Episode], dict, list[list[dict | None]]]:
     """Frames of one video to disk; returns its episodes, its MeViS entry, and its shapes' masks per frame as RLE."""
     video = make_video(seed, config.world)
-    name = f"toy_{seed:010d}"
+    name = video_name(video)
     folder = root / "JPEGImages" / name
     folder.mkdir(parents=True)
     annotations: list[dict] = []  # per frame: shape index -> Annotation or None
     for t in range(video.num_frames):
         Image.fromarray(video.frame(t)).save(folder / f"{t:05d}.jpg", quality=92, subsampling=0)
         annotations.append({i: annotate(t, mask) for i, mask in enumerate(video.masks(t))})
-    world, queries = config.world, _choose(video, config.queries)
+    queries = _choose(video, config.queries)
     if config.shuffled:
         queries = _shuffled(video, queries)
-    episodes = [
-        Episode(
-            episode_id=f"{name}_{number}",
-            source="toy",
-            split=SPLITS[root.name],
-            video_id=name,
-            expression_id=str(number),
-            video=f"JPEGImages/{name}",
-            height=world.height,
-            width=world.width,
-            num_frames=video.num_frames,
-            fps=FPS,
-            query=query.text,
-            difficulty=DIFFICULTY[query.level],
-            annotated_frames=tuple(range(video.num_frames)),
-            objects=tuple(TargetObject(str(i), tuple(a[i] for a in annotations if a[i])) for i in query.targets),
-        )
-        for number, query in enumerate(queries)
-    ]
+    targets = [TargetObject(str(i), tuple(a[i] for a in annotations if a[i])) for i in range(len(video.shapes))]
+    episodes = [toy_episode(video, n, query, SPLITS[root.name], tuple(targets[i] for i in query.targets)) for n, query in enumerate(queries)]
     expressions = {str(n): {"exp": q.text, "obj_id": list(q.targets)} for n, q in enumerate(queries)}
     entry = {"vid_id": name, "frames": [f"{t:05d}" for t in range(video.num_frames)], "expressions": expressions}
-    size = [world.height, world.width]
+    size = [config.world.height, config.world.width]
     rles = [[{"size": size, "counts": a[i].counts} if a[i] else None for a in annotations] for i in range(len(video.shapes))]
     return episodes, entry, rles
+
+
+def video_name(video: ToyVideo) -> str:
+    return f"toy_{video.seed:010d}"
+
+
+def toy_episode(video: ToyVideo, number: int, query: Query, split: str, objects: tuple[TargetObject, ...] = ()) -> Episode:
+    """The episode of a video's query with this number; without `objects` its truth is not told."""
+    name = video_name(video)
+    return Episode(
+        episode_id=f"{name}_{number}",
+        source="toy",
+        split=split,
+        video_id=name,
+        expression_id=str(number),
+        video=f"JPEGImages/{name}",
+        height=video.config.height,
+        width=video.config.width,
+        num_frames=video.num_frames,
+        fps=FPS,
+        query=query.text,
+        difficulty=DIFFICULTY[query.level],
+        annotated_frames=tuple(range(video.num_frames)) if objects else (),
+        objects=objects,
+    )
 
 
 def _choose(video: ToyVideo, count: int):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -75,7 +76,7 @@ class ToyVideo:
 
     def frame(self, t: int) -> np.ndarray:
         """The picture at time t: uint8 (H, W, 3)."""
-        image_HW3 = _background(self.seed, self.config)
+        image_HW3 = _background(self.seed, self.config).copy()
         for shape in self.shapes:
             (y0, y1, x0, x1), inside = _raster(shape, t, self.config)
             texture = 1.0 - 0.15 * ((np.arange(y0, y1)[:, None] // 3 + np.arange(x0, x1)[None] // 3) % 2)
@@ -161,6 +162,7 @@ def _follow(rng: np.random.Generator, leader: Shape, shape: Shape) -> Shape:
 # --------------------------------------------------------------------------------------------------------- drawing
 
 
+@lru_cache(maxsize=4)
 def _background(seed: int, config: WorldConfig) -> np.ndarray:
     """A dim wall lit from one side, with grain: float (H, W, 3)."""
     rng = np.random.default_rng([seed, 1])
@@ -173,8 +175,8 @@ def _raster(shape: Shape, t: int, config: WorldConfig) -> tuple[tuple[int, int, 
     """The rows and columns `(y0, y1, x0, x1)` that the shape may touch, and which of these pixels it covers."""
     cx, cy = shape.centre_T2[t]
     r = shape.radius
-    y0, y1 = (int(np.clip(v, 0, config.height)) for v in (cy - r - 1, cy + r + 2))
-    x0, x1 = (int(np.clip(v, 0, config.width)) for v in (cx - r - 1, cx + r + 2))
+    y0, y1 = (min(max(int(v), 0), config.height) for v in (cy - r - 1, cy + r + 2))
+    x0, x1 = (min(max(int(v), 0), config.width) for v in (cx - r - 1, cx + r + 2))
     dy, dx = np.arange(y0, y1)[:, None] - cy, np.arange(x0, x1)[None] - cx
     if shape.kind == "circle":
         inside = dx**2 + dy**2 <= r**2

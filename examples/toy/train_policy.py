@@ -15,6 +15,8 @@ import math
 import os
 import shutil
 import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -74,8 +76,8 @@ def stage_of(step: int) -> Stage:
 class Example:
     prompt_ids: np.ndarray
     answer_ids: np.ndarray
-    images: tuple[np.ndarray, ...]  # the same objects in examples of the same scene
-    target_boxes: np.ndarray  # (n, 4), policy pixels
+    images: tuple[np.ndarray, ...]  # a picture that several examples show is the same object
+    target_boxes: np.ndarray | None = None  # (n, 4), policy pixels; what the policy's evaluation compares with
 
 
 def examples_of(video: ToyVideo, builder: PromptBuilder, stage: Stage, rng: np.random.Generator, limit: int):
@@ -132,13 +134,12 @@ def collate(batch: list[Example], pad: int, image_token: int) -> dict[str, torch
 
 
 def images_of(model, batch: list[Example]) -> dict[str, torch.Tensor | dict]:
-    """What the frozen vision tower sees in the batch; the pictures of a scene are looked at once."""
-    scenes = {id(example.images): example.images for example in batch}
-    pixels, grid = patchify([image for images in scenes.values() for image in images], PATCHES)
+    """What the frozen vision tower sees in the batch; a picture that several examples share is looked at once."""
+    images = {id(image): image for example in batch for image in example.images}
+    pixels, grid = patchify(list(images.values()), PATCHES)
     with torch.no_grad():
-        seen = iter(zip(model.model.get_image_features(pixels, grid).pooler_output, grid))
-    by_scene = {key: [next(seen) for _ in images] for key, images in scenes.items()}
-    tokens, grids = zip(*(pair for example in batch for pair in by_scene[id(example.images)]))
+        seen = dict(zip(images, zip(model.model.get_image_features(pixels, grid).pooler_output, grid)))
+    tokens, grids = zip(*(seen[id(image)] for example in batch for image in example.images))
     return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens)}, "image_grid_thw": torch.stack(grids)}
 
 
@@ -266,13 +267,6 @@ def learning_rate(peak: float, step: int, last: int) -> float:
     return peak * min(1.0, step / 50) * (0.55 + 0.45 * math.cos(math.pi * step / last))
 
 
-def rate_at(peak: float, step: int) -> float:
-    """One schedule for all stages but the last, which teaches something new and has its own, half as high."""
-    if step <= LAST_BEGINS:
-        return learning_rate(peak, step, LAST_BEGINS)
-    return learning_rate(peak / 2, step - LAST_BEGINS, ENDS[-1] - LAST_BEGINS)
-
-
 def pretrain_vision(model, tokenizer, steps: int, batch: int, lr: float, seed: int) -> list[dict]:
     """Teaches the vision tower to say what is where: a visual token points along the language model's own (frozen) embeddings of
     the colour and the kind of what it sees, and a linear head, thrown away afterwards, reads the box from it.
@@ -377,6 +371,50 @@ def save_state(file: Path, state: dict) -> None:
     os.replace(file.with_suffix(".partial"), file)
 
 
+def fit(work: Path, stream: Callable[[int], IterableDataset], parts: Sequence[tuple[int, float]], every: int, evaluated: Callable[..., dict]) -> dict:
+    """Trains the language model of the checkpoint in `work` from the step that its state holds to the last one; returns the new state.
+
+    `stream` gives the batches after a step. `parts` are (last step, peak learning rate); each has optimizers and a schedule of its own.
+    Every so many steps, and where a part ends, `evaluated(model, step)` adds to the learning curve and everything is saved. The
+    vision tower is frozen.
+    """
+    state = torch.load(work / "state.pt", weights_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(work)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(work)
+    model.model.visual.requires_grad_(False)  # it has learned its part
+    optimizers = Optimizers(model.parameters(), model.get_input_embeddings().weight)
+    if state["optimizers"] is not None:
+        optimizers.load_state_dict(state["optimizers"])
+    began, ends = time.time() - state["seconds"], [end for end, _ in parts]
+    batches = DataLoader(stream(state["step"]), batch_size=None, num_workers=1, prefetch_factor=4)
+    for step, batch in enumerate(batches, state["step"] + 1):
+        part = bisect_left(ends, step)
+        begin, (end, peak) = (0, *ends)[part], parts[part]
+        if step == begin + 1:
+            optimizers = Optimizers(model.parameters(), model.get_input_embeddings().weight)
+        loss = model(**collate(batch, tokenizer.pad_token_id, model.config.image_token_id), **images_of(model, batch)).loss
+        loss.backward()
+        optimizers.step(learning_rate(peak, step - begin, end - begin))
+        if step % 25 == 0:
+            print(f"step {step}/{ends[-1]} loss {loss.item():.4f} {time.time() - began:.0f}s", flush=True)
+        if step % every and step not in ends:
+            continue
+        point = {"step": step, "loss": round(loss.item(), 4), "seconds": round(time.time() - began)} | evaluated(model, step)
+        print(json.dumps(point), flush=True)
+        model.save_pretrained(work)
+        state |= {"step": step, "optimizers": optimizers.state_dict(), "curve": [*state["curve"], point], "seconds": time.time() - began}
+        save_state(work / "state.pt", state)
+    return state
+
+
+def publish(work: Path, out: Path, training: dict) -> None:
+    """A trained checkpoint gets its record, `training.json`, and its name."""
+    (work / "state.pt").unlink()
+    (work / "training.json").write_text(json.dumps(training, indent=1))
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(work, out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -390,43 +428,19 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     work = args.out.with_name(args.out.name + ".partial")
-    state_file = work / "state.pt"
-    if not state_file.exists():
+    if not (work / "state.pt").exists():
         prepare(args, work)
-    state = torch.load(state_file, weights_only=True)
     tokenizer = AutoTokenizer.from_pretrained(work)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(work)
-    model.model.visual.requires_grad_(False)  # it has learned its part
-    optimizers = Optimizers(model.parameters(), model.get_input_embeddings().weight)
-    if state["optimizers"] is not None:
-        optimizers.load_state_dict(state["optimizers"])
-    curve, began = state["curve"], time.time() - state["seconds"]
-    last = ENDS[-1]
-    stream = Stream(work, args.batch, args.seed, done=state["step"])
-    for step, batch in enumerate(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4), state["step"] + 1):
-        if step == LAST_BEGINS + 1:
-            optimizers = Optimizers(model.parameters(), model.get_input_embeddings().weight)
-        loss = model(**collate(batch, tokenizer.pad_token_id, model.config.image_token_id), **images_of(model, batch)).loss
-        loss.backward()
-        optimizers.step(rate_at(args.lr, step))
-        if step % 25 == 0:
-            print(f"step {step}/{last} loss {loss.item():.4f} {time.time() - began:.0f}s", flush=True)
-        if step % args.eval_every and step not in (LAST_BEGINS, last):
-            continue
-        stage = stage_of(step)
-        point = {"step": step, "stage": STAGES.index(stage), "loss": round(loss.item(), 4), "seconds": round(time.time() - began)}
-        curve.append(point | evaluate(model, tokenizer, stage))
-        print(json.dumps(curve[-1]), flush=True)
-        model.save_pretrained(work)
-        save_state(state_file, state | {"step": step, "optimizers": optimizers.state_dict(), "curve": curve, "seconds": time.time() - began})
 
-    vision_curve = state["vision_curve"]
-    state_file.unlink()
+    def evaluated(model, step: int) -> dict:
+        stage = stage_of(step)
+        return {"stage": STAGES.index(stage)} | evaluate(model, tokenizer, stage)
+
+    # One schedule for all stages but the last, which teaches something new and has its own, half as high.
+    parts = ((LAST_BEGINS, args.lr), (ENDS[-1], args.lr / 2))
+    state = fit(work, lambda done: Stream(work, args.batch, args.seed, done), parts, args.eval_every, evaluated)
     recipe = {k: v for k, v in vars(args).items() if k != "out"}
-    stages = [asdict(stage) for stage in STAGES]
-    (work / "training.json").write_text(json.dumps({"recipe": recipe, "vision_curve": vision_curve, "stages": stages, "curve": curve}, indent=1))
-    shutil.rmtree(args.out, ignore_errors=True)
-    os.replace(work, args.out)
+    publish(work, args.out, {"recipe": recipe, "vision_curve": state["vision_curve"], "stages": [asdict(s) for s in STAGES], "curve": state["curve"]})
 
 
 if __name__ == "__main__":
