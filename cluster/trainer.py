@@ -108,7 +108,8 @@ async def learn(run: Run, groups: list[ScoredGroup]) -> None:
 async def reference_kls(run: Run, groups: list[ScoredGroup]) -> list[np.ndarray]:
     """Per-token KL to the reference of every completion, for the reward."""
     samples = ray.put([s for g in groups for s in samples_of(g, [0.0] * len(g.completions))])
-    return (await gather([learner.reference_kl.remote(samples) for learner in run.actors.learners]))[0]
+    found = (await gather([learner.reference_kl.remote(samples) for learner in run.actors.learners]))[0]
+    return [kl.copy() for kl in found]  # what comes out of Ray's object store cannot be written to, of which torch warns
 
 
 def scored(groups: list[ScoredGroup], max_failure_rate: float, step: int) -> list[ScoredGroup]:
