@@ -188,7 +188,8 @@ class Run:
 
     def best_step(self) -> int | None:
         """The step whose evaluation is best by `loop.keep_best`; None without that setting."""
-        return best_step(self.folder.metrics, f"eval/{self.config.loop.keep_best}")
+        measure = self.config.loop.keep_best
+        return None if measure is None else best_step(self.folder.metrics, f"eval/{measure}")
 
     def note_broken(self, where: str, broken: list[BrokenEpisode]) -> None:
         for episode in broken:

@@ -32,9 +32,7 @@ def add_adapters(model: nn.Module, config: LearnerConfig) -> None:
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Name of each adapted weight in `model` -> its layer."""
-    from peft.tuners.lora import LoraLayer
-
-    return {f"{name}.base_layer.weight": layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    return {f"{name}.base_layer.weight": layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
 
 
 @contextmanager

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from itertools import accumulate
 
 import numpy as np
 
 from reward_service import terms
-from reward_service.presets.vision_reasoner import all_plain, decoded, iou_matrix, numbers, scaled_array
+from reward_service.presets.vision_reasoner import all_plain, decoded, iou_matrix, numbers, scaled_array, slices
 from reward_service.space import factors
 from reward_service.tags import first_answer, first_answer_object, has_think_format
 from reward_service.target import MissingInput, Target, union_of
@@ -43,9 +42,10 @@ def group_terms(answers, target: Target, config, predicted_masks):
     to_answer, to_target = factors(answers, target, config)
     frames = target.frames or {}
     areas = {f: int(target.frame_union(f).sum()) for f in frames} if weights.keyframe or weights.video_iou else {}
-    truths = {f: _truth(target.frame_boxes(f), config, to_target) for f in frames} if weights.iou or weights.video_iou else {}
+    boxes = {f: target.frame_boxes(f) for f in frames} if weights.iou or weights.video_iou else {}
     said = [decoded(first_answer(answer.text)) for answer in answers]
     named = [_frame(data, frames) for data in said]
+    truths = {f: _truth(boxes[f], config, to_target) for f in set(named) if f in boxes}
     out = []
     for i, (answer, frame, (overlap, matched)) in enumerate(zip(answers, named, _matches(said, named, truths, config, to_answer))):
         row = {"think_format": float(has_think_format(answer.text)), "segmentation_format": _format(answer.text), "iou": overlap}
@@ -97,17 +97,16 @@ def _matches(said, named, truths, config, factor) -> list[tuple[float, dict]]:
                 out[n] = _matched(_overlap(numbers(answered[n]), true, factor), answered[n], len(true))
         if plain:
             overlap_PN = _overlap(np.array([box for n in plain for box in answered[n]], dtype=np.float64), true, factor)
-            ends = list(accumulate(len(answered[n]) for n in plain))
-            for n, start, end in zip(plain, [0, *ends], ends):
+            for n, own in zip(plain, slices([len(answered[n]) for n in plain])):
                 with suppress(ValueError):  # of the assignment, as an area of 0 made a NaN or an infinity
-                    out[n] = _matched(overlap_PN[start:end], answered[n], len(true))
+                    out[n] = _matched(overlap_PN[own], answered[n], len(true))
     return out
 
 
 def _answered(data, most: int) -> list:
     try:
         return list(data["bbox_2d_list"])[:most]
-    except Exception:
+    except Exception:  # published: any exception makes both accuracies 0
         return []
 
 

@@ -88,6 +88,12 @@ def all_plain(rows, columns: int) -> bool:
     return NUMERIC.issuperset(map(type, flat)) and -LIMIT < min(flat) and max(flat) < LIMIT and not math.isnan(sum(flat))
 
 
+def slices(lengths) -> list[slice]:
+    """Where each of the lists that one array joins lies in it."""
+    ends = list(accumulate(lengths))
+    return [slice(start, end) for start, end in zip([0, *ends], ends)]
+
+
 def scaled_array(values, factor_xy):
     """Columns x, y, x, y, ... times the factor; untouched, dtype included, when it is 1."""
     values = np.asarray(values)
@@ -129,11 +135,10 @@ def _accuracies(group, true_boxes, true_points, config, factor) -> list[list[flo
             boxes, points = map(numbers, said[n])
             out[n] = _matched(_values(boxes, points, *truth, config, factor), len(boxes))
     if plain:
-        ends = list(accumulate(len(said[n][0]) for n in plain))
         together = (np.array([row for n in plain for row in said[n][k]], dtype=np.float64) for k in (0, 1))
         values_KPN = _values(*together, *truth, config, factor)
-        for n, start, end in zip(plain, [0, *ends], ends):
-            out[n] = _matched(values_KPN[:, start:end], end - start)
+        for n, own in zip(plain, slices([len(said[n][0]) for n in plain])):
+            out[n] = _matched(values_KPN[:, own], len(said[n][0]))
     return out
 
 
