@@ -57,6 +57,12 @@ def train(options: argparse.Namespace) -> None:
     settings = config_resolve.resolve(config.load(recipe, overrides), hardware)
     config_resolve.check_hardware(settings, hardware)
     folder = run_folder.plan(settings.run.dir, settings.run.name, settings.run.recipe)
+    if options.replay:
+        from cluster import replay
+
+        return replay.replay(settings, folder, [Path(p) for p in options.replay], options.start and Path(options.start))
+    if options.start:
+        raise UserError("--start is for --replay, which is not given", "to go on with a run: videoseg resume RUN")
     config_files.make_missing_data(settings)
     config_files.locate(settings)
     from cluster import trainer
@@ -79,6 +85,25 @@ def resume(options: argparse.Namespace) -> None:
     from cluster import trainer
 
     trainer.train(settings, folder, resume=True)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a run's policy as a Hugging Face folder, which transformers and vLLM load."""
+    from cluster import checkpoints, config, paths, run_folder
+
+    folder = run_folder.find(options.run)
+    settings = config.load(folder.config)
+    if options.step is None:
+        checkpoint = checkpoints.latest(folder.checkpoints)[0]
+    else:
+        checkpoint = checkpoints.load(folder.checkpoints / checkpoints.checkpoint_name(options.step))
+    if Path(options.out).exists():
+        raise UserError(f"there is already something at {options.out}", "give a folder that does not exist yet")
+    policy = paths.resolve_path(settings.policy.path, "policy.path", allow_hub=True)
+    from learner.checkpoint import export_checkpoint
+
+    export_checkpoint(checkpoint.path / "learner", settings.learner, policy, options.out)
+    print(f"{options.out}: the policy of {folder.path} after step {checkpoint.step}; use it as policy.path, or load it with transformers or vLLM")
 
 
 def show_config(options: argparse.Namespace) -> None:
@@ -264,11 +289,19 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "train", train, "videoseg train configs/debug.yaml loop.steps=10 run.name=short", _SETTINGS_HELP)
     _add_settings(command)
+    command.add_argument("--replay", action="append", metavar="PATH", help="train on saved rollouts (a file, a run) without engines; may be repeated")
+    command.add_argument("--start", metavar="CHECKPOINT", help="with --replay: a run's checkpoint to begin with, in place of policy.path alone")
 
     rule = "Settings that would change what was trained so far are refused."
     command = _add(commands, "resume", resume, "videoseg resume runs/latest loop.steps=80", rule)
     command.add_argument("run", metavar="RUN", help="run folder, or its name below runs/ (also: latest)")
     command.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change, for example loop.steps")
+
+    rule = "Needs neither a GPU nor the ranks that trained it. Adapters are merged."
+    command = _add(commands, "export", export, "videoseg export runs/latest models/my-policy", rule)
+    command.add_argument("run", metavar="RUN", help="run folder, or its name below runs/ (also: latest)")
+    command.add_argument("out", metavar="OUT", help="folder to make")
+    command.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
 
     command = _add(commands, "config", show_config, "videoseg config videoseg_r1_7b learner.zero_stage=2", _SETTINGS_HELP)
     _add_settings(command)

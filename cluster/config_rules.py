@@ -26,6 +26,8 @@ _MAY_CHANGE = (
     "loop.mismatch_warn",
     "loop.mismatch_stop",
     "loop.log_masks_every",
+    "learner.skip_above",
+    "learner.max_skipped",
     "learner.collective_timeout_seconds",
     "learner.port",
     "learner.logprob_chunk_tokens",

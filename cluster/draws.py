@@ -236,7 +236,7 @@ class Draws:
         frames, position, episode, t = self._decoded(asked), asked.position, asked.episode, asked.target_frame
         query, video = episode.query, VideoReference(episode.video_path)
         if self.data.control == "shuffled_queries":
-            query = self._foreign_query(position, episode)
+            query = self._random_query(position, episode)
         elif self.data.control == "blank_frames":
             frames = {i: np.full_like(frame, 127) for i, frame in frames.items()}
             video = FramesInMemory([frames[t]] * episode.num_frames)
@@ -255,22 +255,23 @@ class Draws:
             raise DataError(f"episode {episode.episode_id}: its sampled target frame {t} is not annotated", remedy)
         return sample.shown, t
 
-    def _foreign_query(self, position: int, episode: Episode) -> str:
-        rng, queries = np.random.default_rng([self.seed, position, 2]), self._queries
-        while True:
-            other = queries.row(int(rng.integers(len(queries))))
-            if other["video_id"] != episode.video_id or self._one_video:
-                return other["query"]
+    def _random_query(self, position: int, episode: Episode) -> str:
+        """The text of a random episode of the same video: it makes sense, and what it means is independent of what was meant.
+
+        Every target of the video has the same chance, the episode's own among them, however many texts ask for it.
+        """
+        rng, targets = np.random.default_rng([self.seed, position, 2]), self._queries[str(episode.root), episode.video_id]
+        texts = targets[int(rng.integers(len(targets)))]
+        return texts[int(rng.integers(len(texts)))]
 
     @cached_property
-    def _queries(self) -> Mixture:
-        return self.episodes.project("video_id", "query")
-
-    @cached_property
-    def _one_video(self) -> bool:
-        ids = (row["video_id"] for row in self._queries.rows())
-        first = next(ids)
-        return all(i == first for i in ids)
+    def _queries(self) -> dict[tuple[str, str], list[list[str]]]:
+        """The texts that ask for each target (a set of objects) of each video, by root and video_id."""
+        found: dict = {}
+        for row in self.episodes.project("video_id", "query", "objects.object_id").rows():
+            targets = found.setdefault((row["root"], row["video_id"]), {})
+            targets.setdefault(frozenset(o["object_id"] for o in row["objects"]), []).append(row["query"])
+        return {video: list(targets.values()) for video, targets in found.items()}
 
 
 def check_media(episode: Episode, num_frames: int, frame_HW3: np.ndarray) -> None:

@@ -7,7 +7,7 @@ The sizes come from the configuration, so a laptop and a node of GPUs differ in 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,9 @@ from cluster.config import RunConfig
 from cluster.errors import RunFailed
 
 
-# The parts take turns on a CPU: threads that spin while they wait (OpenMP's default) would take it from the one at work.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+# The parts take turns on a CPU. Threads that spin while they wait for each other, as OpenMP's do by default, take it from the part at
+# work; threads that sleep at once lose as much time by waking up. A short spin does neither: docs/grpo.md, "Shared prompts".
+ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,10 @@ class Actors:
     learners: tuple[Any, ...]
 
 
-def bundles(config: RunConfig) -> list[tuple[str, dict[str, float]]]:
+ROLES = ("engine", "segmenter", "learner")
+
+
+def bundles(config: RunConfig, roles: Collection[str] = ROLES) -> list[tuple[str, dict[str, float]]]:
     """What every actor reserves, as (role, resources): engines first, then segmenters, then learner ranks."""
     c = config.cluster
     parts = {
@@ -46,12 +50,12 @@ def bundles(config: RunConfig) -> list[tuple[str, dict[str, float]]]:
         "learner": (config.learner.ranks, c.cpus_per_learner, c.gpus_per_learner),
     }
     gpus = c.device == "cuda"
-    return [(role, {"CPU": cpu} | ({"GPU": gpu} if gpus and gpu else {})) for role, (count, cpu, gpu) in parts.items() for _ in range(count)]
+    return [(role, {"CPU": cpu} | ({"GPU": gpu} if gpus and gpu else {})) for role, (count, cpu, gpu) in parts.items() if role in roles for _ in range(count)]
 
 
-async def start_actors(config: RunConfig, banned_token_ids: Sequence[int]) -> Actors:
-    """All actors, loaded and ready; `config` is resolved and its paths can be loaded. Raises `RunFailed` where the cluster has too little room or a part does not start in time."""
-    wanted = bundles(config)
+async def start_actors(config: RunConfig, banned_token_ids: Sequence[int], roles: Collection[str] = ROLES) -> Actors:
+    """The actors of these roles, loaded and ready; `config` is resolved and its paths can be loaded. Raises `RunFailed` where the cluster has too little room or a part does not start in time."""
+    wanted = bundles(config, roles)
     group = placement_group([resources for _, resources in wanted], strategy="PACK")
     limit = config.cluster.start_seconds
     try:

@@ -120,7 +120,8 @@ def write_rollouts(folder: str | Path, step: int, rows: Sequence[RolloutRow], ex
     table = pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(metadata))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    final, temporary = folder / f"step_{step:06d}.parquet", folder / f".step_{step:06d}.parquet.tmp"
+    final = file_of(folder, step)
+    temporary = final.with_name(f".{final.name}.tmp")
     # A group's rows share prompt, query and frames; the dictionary stores them once.
     pq.write_table(table, temporary, compression="zstd", use_dictionary=True)
     flush_to_disk(temporary)
@@ -148,6 +149,10 @@ def read_metadata(file: str | Path) -> dict[str, str]:
     """What `extra` held, and `format` and `step`."""
     metadata = pq.read_schema(file).metadata or {}
     return {k.decode(): v.decode() for k, v in metadata.items() if not k.startswith(b"ARROW:")}
+
+
+def file_of(folder: str | Path, step: int) -> Path:
+    return Path(folder) / f"step_{step:06d}.parquet"
 
 
 def rollout_files(folder: str | Path) -> Iterator[tuple[int, Path]]:

@@ -14,22 +14,21 @@ from cluster.rollout_log import RolloutRow
 from cluster.scoring import ScoredGroup
 
 
-def samples_of(group: ScoredGroup, advantages: Sequence[float | np.ndarray]) -> list[Sample]:
-    """One sample per completion; they share the prompt's arrays. An advantage is a number, or an array of one a token."""
+def samples_of(group: ScoredGroup) -> list[Sample]:
+    """One sample per completion, without an advantage yet; they share the prompt's arrays."""
     prompt = group.draw.prompt
     return [
         Sample(
             prompt_ids=prompt.token_ids,
             response_ids=c.token_ids,
             rollout_logprobs=c.logprobs,
-            advantage=advantage,
             images=prompt.images,
             grid_thw=prompt.grid_thw,
             group=group.draw.position,
             fingerprint=prompt.fingerprint,
             truncated=c.finish_reason == "length",
         )
-        for c, advantage in zip(group.completions, advantages)
+        for c in group.completions
     ]
 
 

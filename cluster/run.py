@@ -50,6 +50,7 @@ class Run:
     before: dict[str, float] | None = None  # the evaluation before the first step
     online: OnlineDifficulty | None = None  # success rates of the episodes, where difficulty is estimated from them
     saved: int = -1  # step of the newest checkpoint
+    skipped_in_a_row: int = 0  # the last steps that left an update out
     times: StageTimes = field(default_factory=StageTimes)
     upcoming: asyncio.Task | None = None
     broken: list[BrokenEpisode] = field(default_factory=list)  # left out of this step

@@ -81,7 +81,7 @@ class DataConfig:
     frame_cache_gb: float = field(default=0.5, metadata={"help": "Decoded frames to keep for the next epoch or evaluation, GiB; 0: none.", "min": 0.0})
     control: str = field(
         default="none",
-        metadata={"help": "Negative control: show another episode's query, or grey frames, in training and evaluation.", "choices": CONTROLS},
+        metadata={"help": "Negative control: ask for a random target of the same video, or show grey frames, in training and evaluation.", "choices": CONTROLS},
     )
 
 

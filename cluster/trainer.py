@@ -9,17 +9,15 @@ from contextlib import closing
 import numpy as np
 import ray
 
-from learner.advantages import step_advantages
 from learner.policy_check import check_policy
 from segmentation_service.checkpoint import check_sam2
 
-from cluster import checkpoints, config_files
+from cluster import checkpoints, config_files, rollout_log
 from cluster.checkpoints import Checkpoint
 from cluster.config import RunConfig
 from cluster.draws import Draws
 from cluster.errors import CheckpointError, RunFailed
 from cluster.metrics import completion_metrics, left_out_metrics
-from cluster.placement import gather
 from cluster.progress import Progress
 from cluster.ray_cluster import join_cluster
 from cluster.rollout_rows import learner_metrics, samples_of, scored_completions
@@ -27,6 +25,7 @@ from cluster.run import Run
 from cluster.run_folder import RunFolder
 from cluster.scoring import ScoredGroup
 from cluster.stop import Stop
+from cluster.update import update
 
 
 def train(config: RunConfig, folder: RunFolder, resume: bool = False) -> None:
@@ -82,34 +81,23 @@ async def learn(run: Run, groups: list[ScoredGroup]) -> None:
     kept = scored(groups, config.loop.max_failure_rate, step)
     rewards = np.stack([g.rewards for g in kept])
     with run.stage("train"):
-        kls = await reference_kls(run, kept) if config.learner.kl_in_reward else None
-        advantages = step_advantages(config.learner, rewards, kls)
-        samples = ray.put([s for g, a in zip(kept, advantages) for s in samples_of(g, a)])
-        learned = (await gather([learner.train_step.remote(samples) for learner in run.actors.learners]))[0]
+        advantages, learned = await update(run.actors.learners, config.learner, rewards, [samples_of(g) for g in kept])
     with run.stage("sync"):
         synced = await run.sync(step)
     with run.stage("log"):
         run.log_rollouts(step, groups, {g.draw.position: a for g, a in zip(kept, advantages)})
         completions = scored_completions(groups, version=run.step)
         tokens = sum(c.response_tokens for c in completions)
-        learned |= {"kl": float(np.concatenate(kls).mean())} if kls else {}
         values = completion_metrics(completions) | left_out_metrics([b.kind for b in run.broken]) | learner_metrics(learned) | synced | run.times.metrics(tokens)
         run.metrics.write(step, values)
     if run.online:
         for g in kept:
             run.online.update(g.draw.episode.episode_id, g.success_rate)
-    run.step, run.position = step, run.position + len(groups)
+    run.step, run.position, run.skipped_in_a_row = step, run.position + len(groups), int(learned["skipped_in_a_row"])
     run.progress.step(step, values)
     run.note_broken(f"step {step}", run.broken)
     if values["mismatch/kl"] > config.loop.mismatch_warn:
         run.progress.note(f"warning: step {step}: rollout/learner mismatch KL {values['mismatch/kl']:.4f} exceeds loop.mismatch_warn")
-
-
-async def reference_kls(run: Run, groups: list[ScoredGroup]) -> list[np.ndarray]:
-    """Per-token KL to the reference of every completion, for the reward."""
-    samples = ray.put([s for g in groups for s in samples_of(g, [0.0] * len(g.completions))])
-    found = (await gather([learner.reference_kl.remote(samples) for learner in run.actors.learners]))[0]
-    return [kl.copy() for kl in found]  # what comes out of Ray's object store cannot be written to, of which torch warns
 
 
 def scored(groups: list[ScoredGroup], max_failure_rate: float, step: int) -> list[ScoredGroup]:

@@ -35,11 +35,11 @@ class Sample:
     prompt_ids: np.ndarray
     response_ids: np.ndarray
     rollout_logprobs: np.ndarray
-    advantage: float | np.ndarray
     images: tuple[np.ndarray, ...]
     grid_thw: np.ndarray
     group: int
     fingerprint: str
+    advantage: float | np.ndarray = 0.0
     truncated: bool = False
 
 

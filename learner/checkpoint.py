@@ -14,6 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from .config import LearnerConfig
+from .engine import import_deepspeed
+from .lora import add_adapters
+from .policy import PolicyModel, load_model
 from .weights import iterate_weights
 
 TAG = "deepspeed"
@@ -27,7 +31,8 @@ class CheckpointError(RuntimeError):
 
 
 def _barrier() -> None:
-    torch.distributed.barrier()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def save_checkpoint(engine, folder: str | Path, rank: int, state: dict) -> None:
@@ -59,9 +64,7 @@ def load_checkpoint(engine, folder: str | Path, rank: int, expected: dict) -> di
     `expected`: entries of the state that must be equal here (world size, ZeRO stage, type). Raises CheckpointError.
     """
     folder = Path(folder)
-    if not (folder / STATE_FILE).is_file():
-        raise CheckpointError(f"{folder} is no learner checkpoint: {STATE_FILE} is missing")
-    state = json.loads((folder / STATE_FILE).read_text())
+    state = read_state(folder)
     for key, value in expected.items():
         if state.get(key) != value:
             raise CheckpointError(f"{folder} was written with {key} = {state.get(key)}, this run has {value}; resume with the same {key}")
@@ -111,6 +114,45 @@ def export_policy(model: nn.Module, policy_path: str, folder: str | Path, rank: 
         (writing / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         writing.rename(folder)
     _barrier()
+
+
+def export_checkpoint(folder: str | Path, config: LearnerConfig, policy_path: str, out: str | Path) -> None:
+    """`export_policy` of a checkpoint, in this process and on the CPU, whatever ranks and devices wrote it.
+
+    config: the learner's settings in that run; policy_path: the policy that it began from. Raises CheckpointError.
+    """
+    folder = Path(folder)
+    state = read_state(folder)
+    policy = PolicyModel(load_model(policy_path, getattr(torch, state["dtype"])), (), 1.0, 1)
+    policy.freeze(config.frozen_parts)
+    if config.lora_rank:
+        add_adapters(policy.model, config)
+    trained = _trained_weights(folder, state["zero_stage"])
+    wanted = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    wrong = sorted(name for name, p in wanted.items() if name not in trained or trained[name].shape != p.shape)
+    if wrong:
+        raise CheckpointError(f"{folder} and {policy_path} differ in {len(wrong)} weights, such as {wrong[0]}; export with the policy and the learner settings of the run")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(trained[name])
+    export_policy(policy.model, policy_path, out, rank=0)
+
+
+def read_state(folder: Path) -> dict:
+    """The numbers that `save_checkpoint` was given. Raises CheckpointError where there is no such checkpoint."""
+    if not (folder / STATE_FILE).is_file():
+        raise CheckpointError(f"{folder} is no learner checkpoint: {STATE_FILE} is missing")
+    return json.loads((folder / STATE_FILE).read_text())
+
+
+def _trained_weights(folder: Path, zero_stage: int) -> dict[str, torch.Tensor]:
+    """Name in PolicyModel -> whole weight; float32 with ZeRO, which keeps the weights that AdamW steps in float32."""
+    if zero_stage == 0:
+        return torch.load(folder / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    import_deepspeed()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
 
 
 def _copy_other_files(policy_path: str, target: Path) -> None:

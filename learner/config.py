@@ -60,6 +60,11 @@ class LearnerConfig:
     adam_beta2: float = field(default=0.999, metadata={"help": "AdamW beta2.", "min": 0.0, "max": 0.999999})
     adam_eps: float = field(default=1e-8, metadata={"help": "AdamW epsilon.", "min": 0.0})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Clip gradients to this global norm; 0 never clips.", "min": 0.0})
+    skip_above: Optional[float] = field(
+        default=None,
+        metadata={"help": "Leave an update out whose gradient norm is above this; null: only one that is not finite.", "above": 0.0},
+    )
+    max_skipped: int = field(default=3, metadata={"help": "Steps in a row with an update left out before the run stops.", "min": 0})
 
     # loss
     advantage: str = field(default="grpo", metadata={"help": "How rewards of a group become advantages.", "choices": ADVANTAGES})

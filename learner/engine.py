@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from torch import nn
 
 from .config import LearnerConfig
-from .policy import part_of
+from .policy import block_of, part_of
 
 
 def pick_device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -20,15 +21,20 @@ def pick_device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
     return device, torch.float32 if dtype == "float32" or (dtype == "auto" and not cuda) else torch.bfloat16
 
 
-def init_distributed(rank: int, world_size: int, master_addr: str, master_port: int, timeout_seconds: float) -> None:
-    """Join the learner's process group: nccl on GPUs, gloo on CPUs. A second call in a process changes nothing."""
-    cuda = torch.cuda.is_available()
-    if not cuda:
+def import_deepspeed():
+    """The package, without its remarks."""
+    if not torch.cuda.is_available():
         # Must be set before the import: otherwise DeepSpeed looks for accelerators, and says that it found none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def init_distributed(rank: int, world_size: int, master_addr: str, master_port: int, timeout_seconds: float) -> None:
+    """Join the learner's process group: nccl on GPUs, gloo on CPUs. A second call in a process changes nothing."""
+    cuda, deepspeed = torch.cuda.is_available(), import_deepspeed()
     if torch.distributed.is_initialized():
         return
     # A shared-memory reduction that DeepSpeed would compile on first use: minutes on a slow machine, and a C++ compiler. Gloo will do.
@@ -61,7 +67,7 @@ def deepspeed_settings(config: LearnerConfig, world_size: int, dtype: torch.dtyp
         "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False, "contiguous_gradients": True, **offload},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},  # a gradient that is not finite changes nothing
         # Many micro-batches of bfloat16 gradients would lose the small ones.
         "data_types": {"grad_accum_dtype": "fp32"},
         "gradient_clipping": 0.0 if clips_itself(config, dtype) else config.max_grad_norm,
@@ -84,24 +90,40 @@ def adamw(groups: list[dict], config: LearnerConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
 
 
+@dataclass(frozen=True)
+class Update:
+    """What an optimiser step did. `norm` is the gradient's over all ranks before clipping, `blocks` that of each block (`block_of`).
+
+    An update that was left out changed neither weights nor AdamW's moments; its norm is inf where it was not finite.
+    """
+
+    norm: float
+    blocks: dict[str, float]
+    left_out: bool
+
+
 class PolicyEngine:
-    """A trainable policy under DeepSpeed: forward, backward, and a step that returns the gradient norm."""
+    """A trainable policy under DeepSpeed: forward, backward, and an update, which is left out where its gradient cannot be trusted."""
 
     def __init__(self, policy: nn.Module, config: LearnerConfig, world_size: int, dtype: torch.dtype):
         import deepspeed
 
-        by_peak: dict[float, list[nn.Parameter]] = {}
+        # A parameter group of its own for each block: whatever the ZeRO stage does to them, AdamW then sees the block's gradients.
+        blocks: dict[str, list[nn.Parameter]] = {}
+        peaks: dict[str, float] = {}
         for name, parameter in policy.named_parameters():
             if parameter.requires_grad:
-                by_peak.setdefault(config.peak_lr(part_of(name)), []).append(parameter)
-        self._peaks, trainable = list(by_peak), [p for group in by_peak.values() for p in group]
-        self.adam = adamw([{"params": group, "lr": peak} for peak, group in by_peak.items()], config)
-        self._norm: float | None = None
-        if clips_itself(config, dtype):
-            limit = config.max_grad_norm or float("inf")
-            self.adam.register_step_pre_hook(lambda *_: self._clip(trainable, limit))
+                blocks.setdefault(block_of(name), []).append(parameter)
+                peaks[block_of(name)] = config.peak_lr(part_of(name))
+        self._peaks, self._trainable = list(peaks.values()), [p for group in blocks.values() for p in group]
+        self._limit = float("inf") if config.skip_above is None else config.skip_above
+        self._clips_itself, self._max_norm = clips_itself(config, dtype), config.max_grad_norm or float("inf")
+        self._partitioned = config.zero_stage > 0
+        self.deepspeed, self._norm, self._squares, self._allowed = None, float("inf"), {}, True
+        self.adam = adamw([{"params": group, "lr": peaks[block], "block": block} for block, group in blocks.items()], config)
+        self._adam_step, self.adam.step = self.adam.step, self._guarded_step
         self.deepspeed, *_ = deepspeed.initialize(
-            model=policy, optimizer=self.adam, model_parameters=trainable, config=deepspeed_settings(config, world_size, dtype), dist_init_required=False
+            model=policy, optimizer=self.adam, model_parameters=self._trainable, config=deepspeed_settings(config, world_size, dtype), dist_init_required=False
         )
 
     @property
@@ -115,15 +137,47 @@ class PolicyEngine:
         """Accumulate gradients of `loss`; their mean over ranks is what a step uses."""
         self.deepspeed.backward(loss)
 
-    def step(self, factor: float) -> float:
-        """One optimiser step on what has been accumulated, at `factor` times the peak rates -> the global gradient norm before clipping."""
+    def step(self, factor: float, finite_loss: bool = True) -> Update:
+        """One optimiser step on what has been accumulated, at `factor` times the peak rates.
+
+        It is left out where loss or gradient is not finite, or the gradient's norm above `skip_above`; all ranks must agree on `finite_loss`.
+        """
         for group, peak in zip(self.adam.param_groups, self._peaks, strict=True):
             group["lr"] = factor * peak
-        self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm() if self._norm is None else self._norm)
+        self._norm, self._squares, self._allowed = float("inf"), {}, finite_loss
+        self.deepspeed.step()  # which does not come to AdamW's step if it finds a gradient that is not finite
+        return Update(self._norm, self._block_norms(), not self._may_step())
 
-    def _clip(self, parameters: list[nn.Parameter], limit: float) -> None:
-        self._norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+    def _may_step(self) -> bool:
+        return self._allowed and self._norm <= self._limit and self._norm < float("inf")
+
+    def _guarded_step(self, *args, **kwargs) -> None:
+        """In AdamW's place: DeepSpeed comes here once for all gradients, or (ZeRO) for those of a group after another, and has taken their norm before."""
+        if self.deepspeed is None:  # ZeRO makes AdamW's moments by a step
+            return self._adam_step(*args, **kwargs)
+        if self._clips_itself:
+            self._norm = float(nn.utils.clip_grad_norm_(self._trainable, self._max_norm))
+        else:
+            self._norm = float(self.deepspeed.optimizer._global_grad_norm)
+        if self._norm < 0.0 or self._norm != self._norm:
+            self._norm = float("inf")  # ZeRO says -1
+        for group in self.adam.param_groups:
+            squares = [p.grad.detach().double().square().sum() for p in group["params"] if p.grad is not None]
+            if squares:
+                self._squares[group["block"]] = self._squares.get(group["block"], 0.0) + torch.stack(squares).sum()
+        if self._may_step():
+            self._adam_step(*args, **kwargs)
+
+    def _block_norms(self) -> dict[str, float]:
+        """Norms before clipping: DeepSpeed has clipped all blocks alike, so that their shares of the whole norm are still right."""
+        names = [group["block"] for group in self.adam.param_groups]
+        squares = torch.stack([torch.as_tensor(self._squares.get(name, 0.0), dtype=torch.float64, device=self._trainable[0].device) for name in names])
+        if self._partitioned:
+            torch.distributed.all_reduce(squares)
+        whole = squares.sum().sqrt()
+        if not (self._norm < float("inf") and whole > 0.0):
+            return {}
+        return dict(zip(names, (squares.sqrt() * (self._norm / whole)).tolist()))
 
 
 def frozen_engine(policy: nn.Module, config: LearnerConfig, world_size: int, dtype: torch.dtype, device: torch.device):

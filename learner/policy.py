@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 import numpy as np
@@ -77,6 +78,16 @@ def part_of(name: str) -> str:
     if ".visual." not in name:
         return "language"
     return "projector" if "merger" in name else "vision"  # Qwen2.5-VL: visual.merger; Qwen3-VL: also visual.deepstack_merger_list
+
+
+def block_of(name: str) -> str:
+    """The block of a policy that a parameter belongs to: "vision", "projector", a decoder layer ("layers.3"), or the module outside of
+    them ("embed_tokens", "norm", "lm_head").
+    """
+    if (part := part_of(name)) != "language":
+        return part
+    layer = re.search(r"\blayers\.\d+", name)
+    return layer[0] if layer else name.rpartition(".")[0].rpartition(".")[2]
 
 
 def load_model(policy_path: str, dtype: torch.dtype, gradient_checkpointing: bool = False) -> nn.Module:

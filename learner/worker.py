@@ -14,7 +14,7 @@ from torch import Tensor
 from .batch import MicroBatch, Sample, check_fingerprints, check_samples, collate
 from .checkpoint import export_policy, load_checkpoint, save_checkpoint
 from .config import LearnerConfig, check_config
-from .engine import PolicyEngine, frozen_engine, init_distributed, pick_device_and_dtype
+from .engine import PolicyEngine, Update, frozen_engine, init_distributed, pick_device_and_dtype
 from .grpo import kl_to_reference, multiplicative_error, rollout_mismatch, token_sums
 from .learning_rate import learning_rate
 from .lora import add_adapters, without_adapters
@@ -60,7 +60,7 @@ class LearnerWorker:
         self.banned_token_ids = tuple(banned_token_ids)
         self.device, self.dtype = pick_device_and_dtype(config.dtype)
         self.patches = PatchSpec.from_policy(policy_path)
-        self.steps, self.updates = 0, 0
+        self.steps, self.updates, self.skipped_in_a_row = 0, 0, 0
 
         wrap = lambda model: PolicyModel(model, banned_token_ids, temperature, config.logprob_chunk_tokens)
         policy = wrap(load_model(policy_path, self.dtype, config.gradient_checkpointing))
@@ -84,8 +84,8 @@ class LearnerWorker:
         """Train on all `samples` (the same list on every rank) -> metrics, equal on all ranks but for seconds.
 
         One update by default; ppo_epochs passes of `minibatches` updates each otherwise, with the log-probs of the weights
-        before the first one as the old ones. Raises SampleError or ScheduleError before anything is computed, and
-        FloatingPointError if the loss or the gradient is not finite: then go back to the last checkpoint.
+        before the first one as the old ones. An update whose loss or gradient is not finite, or whose gradient is larger than
+        `skip_above`, is left out and counted. Raises SampleError or ScheduleError before anything is computed.
         """
         clock = _Clock(self.device)
         config = self.policy.model.config
@@ -102,17 +102,18 @@ class LearnerWorker:
                     before[batch.indices] = self._no_grad_logprobs(self.engine, batch, clock, "old_logprobs"), self._reference(batch, clock)
 
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self.device))
-        norms, factor = [], 0.0
+        done, factor = [], 0.0
         for _ in range(self.config.ppo_epochs):
             for part, plan in zip(parts, plans):
                 factor = self._rate_factor(len(parts))
                 totals = step_totals(self.config, [samples[i] for i in part])
                 for batch, active in self._micro_batches(samples, part, plan, clock):
                     self._accumulate(batch, totals, active, before.get(batch.indices), sums, clock)
-                norms.append(self._step(sums["loss"], factor))
+                done.append(self._update(sums["loss"], factor))
                 clock.lap("optimizer")
         self.steps += 1
-        return self._metrics(samples, sums, norms, factor * self.config.lr, plans, clock)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if any(update.left_out for update in done) else 0
+        return self._metrics(samples, sums, done, factor * self.config.lr, plans, clock)
 
     def _accumulate(self, batch: MicroBatch, totals: Totals, active: bool, before, sums: dict[str, Tensor], clock: _Clock) -> None:
         """Forward and backward of one micro-batch; its share of the step's loss and per-token terms go to `sums`."""
@@ -136,17 +137,12 @@ class LearnerWorker:
             sums["row_tokens"] += batch.input_ids.numel()
             sums["max_mismatch"] = torch.maximum(sums["max_mismatch"], terms["mismatch_abs"].max().double())
 
-    def _step(self, loss: Tensor, factor: float) -> float:
-        """One optimiser step -> gradient norm. All ranks agree on whether the numbers are finite before any weight changes."""
+    def _update(self, loss: Tensor, factor: float) -> Update:
+        """One optimiser step. All ranks agree on whether the loss is finite before any weight changes."""
         check = loss.clone()
         torch.distributed.all_reduce(check)
-        if not torch.isfinite(check):
-            raise FloatingPointError(f"step {self.steps}: the loss is {float(check)}; the weights are as before the step")
-        norm = self.engine.step(factor)
         self.updates += 1
-        if not np.isfinite(norm) or norm < 0:  # ZeRO reports -1 for a norm that is not finite
-            raise FloatingPointError(f"step {self.steps}: the gradient norm is {norm}; the weights are lost, resume from a checkpoint")
-        return norm
+        return self.engine.step(factor, bool(torch.isfinite(check)))
 
     def _rate_factor(self, minibatches: int) -> float:
         """The learning rate over its peak."""
@@ -237,7 +233,7 @@ class LearnerWorker:
 
     # ---- metrics
 
-    def _metrics(self, samples, sums: dict[str, Tensor], norms: list[float], rate: float, plans, clock: _Clock) -> dict[str, float]:
+    def _metrics(self, samples, sums: dict[str, Tensor], done: list[Update], rate: float, plans, clock: _Clock) -> dict[str, float]:
         names = ("loss", "tokens", "row_tokens", *MEANS)
         total = torch.stack([sums[name] for name in names])
         largest = sums["max_mismatch"]
@@ -253,14 +249,17 @@ class LearnerWorker:
             del metrics["entropy"]
         if self.config.mask_overlong:
             metrics["masked_samples"] = float(sum(s.truncated for s in samples))
-        seconds = clock.total()
+        seconds, measured = clock.total(), [update for update in done if update.blocks]
         return metrics | {
-            "loss": values["loss"] / len(norms),
+            "loss": values["loss"] / len(done),
             "multiplicative_error": multiplicative_error(mean["mismatch_abs"]),
             "max_mismatch": float(largest),
-            "grad_norm": float(np.mean(norms)),
+            "grad_norm": float(np.mean([update.norm for update in done])),
+            **{f"grad_norm/{block}": float(np.mean([u.blocks[block] for u in measured])) for block in (measured[0].blocks if measured else ())},
             "lr": rate,
-            "updates": float(len(norms)),
+            "updates": float(len(done)),
+            "updates_left_out": float(sum(update.left_out for update in done)),
+            "skipped_in_a_row": float(self.skipped_in_a_row),
             "micro_batches": float(sum(len(plan[self.rank]) for plan in plans)),
             "samples": float(len(samples)),
             "response_tokens": float(sum(len(s.response_ids) for s in samples)),

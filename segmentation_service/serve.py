@@ -47,8 +47,8 @@ def application(config: ServeConfig) -> serve.Application:
     check_sam2(s.checkpoint, s.backend, s.model_config)
     if s.propagation.checkpoint is not None:
         check_propagation(s.propagation.method, s.propagation.checkpoint, s.propagation.model_config)
-    # Replicas share the machine: threads that spin while they wait (OpenMP's default) would take it from the one at work.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(s.cpus_per_replica)}
+    # Replicas share the machine: threads that spin for long while they wait (OpenMP's default) would take it from the one at work.
+    environment = {"GOMP_SPINCOUNT": "2000", "OMP_NUM_THREADS": str(s.cpus_per_replica)}
     deployment = serve.deployment(
         SegmentationReplica,
         num_replicas=s.replicas,

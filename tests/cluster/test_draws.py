@@ -38,13 +38,24 @@ def test_one_data_set_is_drawn_as_in_the_recorded_runs(toy_data):
     assert [d.episode for d in held_out.held_out(3)[0]] == [kept[int(i)] for i in np.linspace(0, len(kept) - 1, 3).round()]
 
 
-def test_foreign_queries_are_of_another_video(toy_data):
+def test_shuffled_queries_ask_for_each_target_of_the_video_as_often(toy_data):
+    """The prompt shows the text of an episode of the same video, which asks for the episode's own target as often as for each other."""
     draws, _ = Draws.of_run(mixed(toy_data, "data.control=shuffled_queries"))
-    everything = [e for folder in ("train", "valid_u") for e in read_episodes(toy_data / folder) if e.target_frames(0.001)]
-    for position in range(5):
-        rng, own = np.random.default_rng([0, position, 2]), draws.episodes[draws.episodes.at(position)]
-        other = next(e for e in iter(lambda: everything[rng.integers(len(everything))], None) if e.video_id != own.video_id)
-        assert draws._foreign_query(position, own) == other.query
+    videos = {}
+    for folder in ("train", "valid_u"):
+        for e in read_episodes(toy_data / folder):
+            if e.target_frames(0.001):
+                videos.setdefault((e.root, e.video_id), {}).setdefault(e.query, tuple(o.object_id for o in e.objects))
+    own, chance = 0, 0.0
+    for position in range(200):
+        episode = draws.episodes[draws.episodes.at(position)]
+        asked = videos[episode.root, episode.video_id]
+        own += asked[draws._random_query(position, episode)] == asked[episode.query]
+        chance += 1 / len(set(asked.values()))
+    assert abs(own - chance) < 0.15 * chance
+    draw = draws.train(3)
+    text = draws._random_query(3, draw.episode)
+    assert text in str(draw.prompt.text) and text == draws._random_query(3, draw.episode)
 
 
 def test_a_mixture_draws_by_weight_and_resumes_exactly(toy_data):

@@ -97,7 +97,7 @@ def test_rollouts_hold_enough_to_train_again(run, toy_data):
         prompt = draws.train(row.group).prompt
         assert prompt.fingerprint == row.prompt_fingerprint
         samples.append(
-            Sample(prompt.token_ids, np.array(row.response_token_ids, np.int32), np.array(row.rollout_logprobs, np.float32), 0.0, prompt.images, prompt.grid_thw, row.group, prompt.fingerprint)
+            Sample(prompt.token_ids, np.array(row.response_token_ids, np.int32), np.array(row.rollout_logprobs, np.float32), prompt.images, prompt.grid_thw, row.group, prompt.fingerprint)
         )
     learner = ray.remote(LearnerActor).remote()
     host, port = ray.get(learner.address.remote())

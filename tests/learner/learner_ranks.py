@@ -71,17 +71,20 @@ class Scenarios:
         learner.export(str(self.folder / f"export_{self.world_size}"))
         self.one_step("offload", replace(PLAIN, zero_stage=3, offload="all") if self.world_size == 2 else replace(PLAIN, zero_stage=2, offload="optimizer"))
         self.resume(2)
+        self.left_out(2)
         self.all_but_the_defaults()
         self.adapters(0 if self.world_size == 1 else 3)
         if self.world_size == 1:
             self.one_step("whole", replace(PLAIN, zero_stage=1, tokens_per_microbatch=10_000), policy="policy")
             self.one_step("tied", replace(PLAIN, zero_stage=1, kl_coef=0.0), policy="tied")
             self.resume(0)
+            self.left_out(0)
             self.at_rest()
             self.rates_of_parts()
             self.several_updates()
         else:
             self.resume(3)
+            self.left_out(3)
             self.fewer_samples_than_ranks()
 
     def resume(self, stage: int):
@@ -91,6 +94,7 @@ class Scenarios:
         history = [straight.train_step(samples(seed)) for seed in (1, 2)]
         folder = self.folder / f"checkpoint{stage}_{self.world_size}"
         straight.save(str(folder))
+        straight.export(str(folder) + "_export")
         history.append(straight.train_step(samples(3)))
         resumed = self.learner(config)
         resumed.load(str(folder))
@@ -106,6 +110,19 @@ class Scenarios:
                 self.learner(other).load(str(folder))
             except Exception as error:
                 self.results["other stage"] = f"{type(error).__name__}: {error}"
+
+    def left_out(self, stage: int):
+        """Between two good steps one whose loss overflows, one whose gradient does, and one whose gradient is too large: as if they had not been."""
+        config = replace(TRAIN, zero_stage=stage, lr_schedule="constant", warmup_steps=0, skip_above=100.0)
+        learner, undisturbed = self.learner(config), self.learner(config)
+        bad = [[replace(s, advantage=s.advantage * factor) for s in samples(4)] for factor in (3e38, 1e30, 1e6)]
+        metrics = [learner.train_step(step) for step in (samples(1), *bad, samples(2))]
+        for seed in (1, 2):
+            undisturbed.train_step(samples(seed))
+        self.results[f"left out {stage}"] = {
+            "in a row": [m["skipped_in_a_row"] for m in metrics], "norms": [m["grad_norm"] for m in metrics],
+            "losses": [m["loss"] for m in metrics[1:4]], "equal": self.digest(learner) == self.digest(undisturbed),
+        }
 
     def adapters(self, stage: int):
         """Two steps that train adapters only, a checkpoint, a third step; the merged weights as a policy of their own; and the third step again."""

@@ -6,15 +6,22 @@ The learners run in processes of their own (learner_ranks.py), so that no proces
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_learner import BANNED, plain_logprobs, random_samples, save_policy
+
+from learner.checkpoint import CheckpointError, export_checkpoint
+from learner.config import LearnerConfig
+from learner.policy import block_of
 
 HERE = Path(__file__).parent
 
@@ -72,6 +79,12 @@ def test_a_step_equals_the_plain_one(folder, expected, name):
     loss, norm, logprobs, tensors = expected
     assert found["metrics"]["loss"] == pytest.approx(loss, abs=1e-6)
     assert found["metrics"]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    squares: dict[str, float] = defaultdict(float)
+    for key, (_, gradient) in tensors.items():
+        squares[block_of("." + key)] += float(gradient.square().sum())
+    found_norms = {key.removeprefix("grad_norm/"): value for key, value in found["metrics"].items() if key.startswith("grad_norm/")}
+    assert set(found_norms) == {"vision", "projector", "embed_tokens", "layers.0", "layers.1", "norm", "lm_head"}
+    assert found_norms == pytest.approx({block: square**0.5 for block, square in squares.items()}, rel=1e-4)
     for a, b in zip(found["before"], logprobs, strict=True):
         torch.testing.assert_close(torch.from_numpy(a), b, rtol=1e-5, atol=1e-5)
     for key, (old, gradient) in tensors.items():
@@ -91,6 +104,29 @@ def test_resume_is_bit_equal(results, rank, stage):
     assert resumed["lrs"] == pytest.approx([3e-3, 3e-3, 1.5e-3])
     assert resumed["grad_norms"] == pytest.approx(results["1_0"]["resume2"]["grad_norms"], rel=1e-4)
     assert "zero_stage = 2, this run has 0" in results["1_0"]["other stage"]
+
+
+@pytest.mark.parametrize("rank,stage", [("1_0", 0), ("1_0", 2), ("2_0", 2), ("2_0", 3)])
+def test_bad_updates_leave_no_trace(results, rank, stage):
+    """Not in the weights and not in AdamW's moments: the next good step is the one that would have come anyway."""
+    found = results[rank][f"left out {stage}"]
+    assert found["in a row"] == [0, 1, 2, 3, 0] and found["equal"]
+    assert found["norms"][1] == math.inf and min(found["norms"][2:4]) > 100
+    assert not math.isfinite(found["losses"][0]) and math.isfinite(found["losses"][1])
+
+
+@pytest.mark.parametrize("written", ["checkpoint0_1", "checkpoint2_1", "checkpoint2_2", "checkpoint3_2", "adapters0_1", "adapters3_2"])
+def test_a_checkpoint_is_exported_without_its_ranks(folder, written, tmp_path):
+    """In this process, and the same to the last bit as what the learners themselves write."""
+    from safetensors.torch import load_file
+
+    config = LearnerConfig(lora_rank=4, lora_alpha=8.0) if "adapters" in written else LearnerConfig()
+    export_checkpoint(folder / written, config, str(folder / "policy"), tmp_path / "out")
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", folder / f"{written}_export"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with pytest.raises(CheckpointError, match="such as|is no learner checkpoint"):
+        other = replace(config, lora_rank=8) if config.lora_rank else replace(config, lora_rank=2)
+        export_checkpoint(folder / written, other, str(folder / "policy"), tmp_path / "other")
 
 
 def test_nothing_moves_at_learning_rate_zero(results):

@@ -95,7 +95,7 @@ def random_samples(groups=3, completions=4, seed=0, images=2, grid_hw=(4, 6), te
             samples.append(
                 Sample(
                     prompt, rng.integers(0, 280, length).astype(np.int32), rng.normal(-5.6, 0.3, length).astype(np.float32),
-                    float(rng.normal()), pictures, grid, group, prompt_fingerprint(prompt, pictures),
+                    pictures, grid, group, prompt_fingerprint(prompt, pictures), advantage=float(rng.normal()),
                 )
             )
     return samples

@@ -46,7 +46,7 @@ class Side:
     def difference(self, prompts, answers, policy):
         """Mean |rollout log-prob - learner's| over all tokens; the learner computes all groups as one packed micro-batch."""
         samples = [
-            Sample(p.token_ids, c.token_ids, c.logprobs, 0.0, p.images, p.grid_thw, group, p.fingerprint)
+            Sample(p.token_ids, c.token_ids, c.logprobs, p.images, p.grid_thw, group, p.fingerprint)
             for group, (p, completions) in enumerate(zip(prompts, answers, strict=True))
             for c in completions
         ]
