@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ class MicroBatch:
     input_ids (1, T), position_ids (3, 1, T); pixel_values (patches, width) and grid_thw (n, 3) or None without images;
     target_rows (M,): positions whose hidden state predicts a response token; target_ids (M,); sequence (M,): which completion
     a token is of; rollout_logprobs (M,), advantages (M,), lengths (N,) response tokens, truncated (N,) bool; indices: the
-    samples, in order.
+    samples, in order. features: the pictures' features, once a model whose vision tower does not learn has computed them.
     """
 
     input_ids: Tensor
@@ -127,6 +127,7 @@ class MicroBatch:
     lengths: Tensor
     truncated: Tensor
     indices: tuple[int, ...]
+    features: list = field(default_factory=list)
 
 
 RopeIndex = Callable[[np.ndarray, np.ndarray], np.ndarray]

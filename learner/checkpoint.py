@@ -5,6 +5,9 @@ Both are written under a temporary name and renamed when every rank is done.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import json
 import random
 import shutil
@@ -58,21 +61,52 @@ def save_checkpoint(engine, folder: str | Path, rank: int, state: dict) -> None:
     _barrier()
 
 
-def load_checkpoint(engine, folder: str | Path, rank: int, expected: dict) -> dict:
-    """Load what `save_checkpoint` wrote -> its `state`.
+def load_checkpoint(engine, folder: str | Path, rank: int, world_size: int, expected: dict) -> dict:
+    """Load what `save_checkpoint` wrote -> its `state`. Random states are those of the same rank, where there was one.
 
-    `expected`: entries of the state that must be equal here (world size, ZeRO stage, type). Raises CheckpointError.
+    A checkpoint of another number of ranks is converted to DeepSpeed's universal format first, beside it and for as long as it
+    takes. `expected`: entries of the state that must be equal here (ZeRO stage, type). Raises CheckpointError.
     """
     folder = Path(folder)
     state = read_state(folder)
     for key, value in expected.items():
         if state.get(key) != value:
             raise CheckpointError(f"{folder} was written with {key} = {state.get(key)}, this run has {value}; resume with the same {key}")
-    loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)  # frozen weights are not in it
+    if state["world_size"] == world_size:
+        loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)  # frozen weights are not in it
+    elif state["zero_stage"] == 0:
+        loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)  # every rank holds everything
+    else:
+        loaded = _load_universal(engine, folder, rank)
     if loaded is None:
         raise CheckpointError(f"DeepSpeed could not load {folder / TAG}")
-    _set_random_states(torch.load(folder / f"random_rank{rank}.pt", weights_only=False))
+    if (file := folder / f"random_rank{rank}.pt").exists():
+        _set_random_states(torch.load(file, weights_only=False))
     return state
+
+
+def _load_universal(engine, folder: Path, rank: int) -> str | None:
+    universal = folder.with_name(folder.name + ".universal")
+    if rank == 0:
+        from deepspeed.checkpoint import ds_to_universal
+
+        shutil.rmtree(universal, ignore_errors=True)
+        how = argparse.Namespace(
+            input_folder=str(folder / TAG), output_folder=str(universal / TAG), num_extract_workers=1, num_merge_workers=1,
+            keep_temp_folder=False, strict=True, inject_missing_state=True,
+        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            ds_to_universal.main(how)
+    _barrier()
+    engine._config.load_universal_checkpoint = True
+    try:
+        loaded, _ = engine.load_checkpoint(str(universal), tag=TAG, load_module_strict=False)
+    finally:
+        engine._config.load_universal_checkpoint = False
+    _barrier()
+    if rank == 0:
+        shutil.rmtree(universal)
+    return loaded
 
 
 def _random_states() -> dict:

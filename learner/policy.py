@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ class PolicyModel(nn.Module):
             raise ValueError(f"temperature = {temperature}; training needs samples drawn at a temperature above 0")
         model.lm_head = LogProbHead.replacing(model.lm_head)
         self.model = model
+        self.shares_vision = False
+        """Policy and reference have the same vision tower, which does not learn: the first of them that sees a micro-batch computes its features."""
         self.temperature, self.chunk = float(temperature), chunk
         vocabulary = model.config.get_text_config().vocab_size
         banned = sorted({int(i) for i in banned_token_ids})
@@ -37,16 +40,40 @@ class PolicyModel(nn.Module):
 
     def forward(self, batch: MicroBatch, entropy: bool = False, train_entropy: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probs (M,) of the response tokens and their entropies (M,), float32: see `chunked_logprobs`."""
-        output = self.model.model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, pixel_values=batch.pixel_values,
-            image_grid_thw=batch.grid_thw, shared_prompt_layout=batch.layout,  # travels through transformers to our attention
-        )
-        hidden = output.last_hidden_state[0].index_select(0, batch.target_rows)
-        if batch.pixel_values is None:
-            hidden = hidden + self._unused_vision(hidden)
+        with self._features_once(batch):
+            output = self.model.model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, pixel_values=batch.pixel_values,
+                image_grid_thw=batch.grid_thw, shared_prompt_layout=batch.layout,  # travels through transformers to our attention
+            )
+            hidden = output.last_hidden_state[0].index_select(0, batch.target_rows)
+            if batch.pixel_values is None:
+                hidden = hidden + self._unused_vision(hidden)
         return self.model.lm_head(
             hidden, batch.target_ids, temperature=self.temperature, banned=self.banned, chunk=self.chunk, entropy=entropy, train_entropy=train_entropy
         )
+
+    @contextmanager
+    def _features_once(self, batch: MicroBatch) -> Iterator[None]:
+        model = self.model.model
+        if not self.shares_vision:
+            yield
+            return
+        compute = model.get_image_features
+
+        def features(*args, **kwargs):
+            if not batch.features:
+                batch.features.append(compute(*args, **kwargs))
+            return batch.features[0]
+
+        model.get_image_features = features  # in this instance only, in front of the class's method
+        try:
+            yield
+        finally:
+            del model.get_image_features
+
+    @property
+    def vision_learns(self) -> bool:
+        return any(p.requires_grad for name, p in self.named_parameters() if part_of(name) != "language")
 
     def _unused_vision(self, hidden: Tensor) -> Tensor:
         """0, by way of the vision tower: under ZeRO-3 every rank must run the same modules or all of them hang."""

@@ -67,12 +67,15 @@ class LearnerWorker:
         policy.freeze(config.frozen_parts)
         if config.lora_rank:
             add_adapters(policy.model, config)
+        policy.shares_vision = not policy.vision_learns
         self.engine = PolicyEngine(policy, config, world_size, self.dtype)
         self.reference = None
         if config.kl_coef > 0.0 and config.lora_rank:
             self.reference = self._without_adapters
         elif config.kl_coef > 0.0:
-            self.reference = frozen_engine(wrap(load_model(policy_path, self.dtype)), config, world_size, self.dtype, self.device)
+            reference = wrap(load_model(policy_path, self.dtype))
+            reference.shares_vision = policy.shares_vision
+            self.reference = frozen_engine(reference, config, world_size, self.dtype, self.device)
 
     @property
     def policy(self) -> PolicyModel:
@@ -277,11 +280,15 @@ class LearnerWorker:
 
     def save(self, folder: str) -> None:
         """Checkpoint to `folder`, which must not exist yet."""
-        save_checkpoint(self.engine.deepspeed, folder, self.rank, self._identity() | {"steps": self.steps, "updates": self.updates})
+        state = self._identity() | {"world_size": self.world_size, "steps": self.steps, "updates": self.updates}
+        save_checkpoint(self.engine.deepspeed, folder, self.rank, state)
 
     def load(self, folder: str) -> None:
-        """Continue from a checkpoint of the same world size, ZeRO stage and type. Raises CheckpointError."""
-        state = load_checkpoint(self.engine.deepspeed, folder, self.rank, self._identity())
+        """Continue from a checkpoint of the same ZeRO stage, type and adapters: to the last bit with as many ranks, else up to rounding.
+
+        Raises CheckpointError.
+        """
+        state = load_checkpoint(self.engine.deepspeed, folder, self.rank, self.world_size, self._identity())
         self.steps, self.updates = state["steps"], state["updates"]
 
     def export(self, folder: str) -> None:
@@ -290,7 +297,7 @@ class LearnerWorker:
 
     def _identity(self) -> dict:
         dtype = str(self.dtype).removeprefix("torch.")
-        return {"world_size": self.world_size, "zero_stage": self.config.zero_stage, "dtype": dtype, "lora_rank": self.config.lora_rank}
+        return {"zero_stage": self.config.zero_stage, "dtype": dtype, "lora_rank": self.config.lora_rank}
 
 
 class _Clock:

@@ -12,8 +12,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from cluster import checkpoints, config, config_resolve, rollout_log, run_folder
+from cluster import checkpoints, cli, config, config_resolve, rollout_log, run_folder
 from cluster.metrics import read_metrics
 from tests.conftest import ROOT, TOY
 
@@ -79,36 +81,35 @@ def test_the_metrics_tell_what_happened(run):
     assert [r["step"] for r in records if "eval/iou/box" in r] == [0, 1, 2, 3]
 
 
-def test_rollouts_hold_enough_to_train_again(run, toy_data):
-    """The learner, given only what the Parquet file holds and the video, finds the engine's log-probs again."""
-    import ray
+def test_saved_rollouts_repeat_what_was_learned_without_engines(run, tmp_path):
+    """Two steps replayed from the start, and the third from the checkpoint before it: the same numbers and the same policy, to the last bit."""
+    files, where = [file for _, file in rollout_log.rollout_files(run.rollouts)], [f"run.dir={tmp_path}"]
+    assert cli.main(["train", str(run.config), "--replay", str(files[0]), "--replay", str(files[1]), *where, "run.name=again"]) == 0
+    assert cli.main(["train", str(run.config), "--replay", str(files[2]), "--start", str(run.checkpoints / "step_000002"), *where, "run.name=third"]) == 0
+    first = {r["step"]: r for r in read_metrics(run.metrics) if "reward/mean" in r}
+    again = {r["step"]: r for name in ("again", "third") for r in read_metrics(tmp_path / name / "metrics.jsonl")}
+    same = ("reward/mean", "learner/loss", "learner/grad_norm", "learner/grad_norm/layers.0", "kl/reference", "mismatch/logprob_diff")
+    assert [[again[step][name] for name in same] for step in (1, 2, 3)] == [[first[step][name] for name in same] for step in (1, 2, 3)]
+    weights = {}
+    for name, folder in (("run", run.path), ("again", tmp_path / "again")):
+        assert cli.main(["export", str(folder), str(tmp_path / name / "policy"), "--step", "2"]) == 0
+        weights[name] = load_file(tmp_path / name / "policy" / "model.safetensors")
+    start = load_file(TOY / "policy" / "model.safetensors")
+    assert weights["run"].keys() == start.keys() and any(not torch.equal(weights["run"][n], start[n]) for n in start)
+    assert all(torch.equal(weights["run"][n], weights["again"][n]) for n in start)
 
-    from cluster.draws import Draws
-    from learner.actor import LearnerActor
-    from learner.batch import Sample
 
+def test_rollouts_that_cannot_be_replayed_are_refused(run, tmp_path, capsys):
+    where = [str(run.config), f"run.dir={tmp_path}", "run.name=refused"]
     _, file = next(rollout_log.rollout_files(run.rollouts))
     rows = rollout_log.read_rollouts(file)
-    assert len(rows) == 16 and all(row.weight_versions == [("0", len(row.response_token_ids))] for row in rows)
-    located = resolved(toy_data)
-    draws, _ = Draws.of_run(located)
-    samples = []
-    for row in rows:
-        prompt = draws.train(row.group).prompt
-        assert prompt.fingerprint == row.prompt_fingerprint
-        samples.append(
-            Sample(prompt.token_ids, np.array(row.response_token_ids, np.int32), np.array(row.rollout_logprobs, np.float32), prompt.images, prompt.grid_thw, row.group, prompt.fingerprint)
-        )
-    learner = ray.remote(LearnerActor).remote()
-    host, port = ray.get(learner.address.remote())
-    from rollout.fingerprints import policy_fingerprints
-
-    banned = policy_fingerprints(located.policy.path)["banned_token_ids"]
-    ray.get(learner.start.remote(config=located.learner, policy_path=located.policy.path, master_addr=host, master_port=port, temperature=1.0, banned_token_ids=banned))
-    found = ray.get(learner.compute_logprobs.remote(samples))
-    ray.kill(learner)
-    difference = np.concatenate([f - s.rollout_logprobs for f, s in zip(found, samples)])
-    assert np.abs(difference).mean() < 1e-3 and np.abs(difference).max() < 1e-2
+    gone = rollout_log.write_rollouts(tmp_path / "gone", 1, [dataclasses.replace(row, video=str(tmp_path / "no_video")) for row in rows])
+    other = rollout_log.write_rollouts(tmp_path / "other", 1, [dataclasses.replace(row, prompt_text="something else") for row in rows])
+    for path, said in ((tmp_path / "empty", "no rollouts here"), (gone, "no such folder of frames"), (other, "not tokenised as")):
+        assert cli.main(["train", *where, "--replay", str(path)]) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(["train", *where, "--start", str(run.checkpoints)]) == 2
+    assert "--start is for --replay" in capsys.readouterr().err
 
 
 def test_masks_and_rewards_of_a_row_belong_together(run):

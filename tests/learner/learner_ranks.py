@@ -102,7 +102,7 @@ class Scenarios:
         same = all(history[-1][key] == again[key] for key in ("loss", "grad_norm", "lr", "kl", "entropy"))
         self.results[f"resume{stage}"] = {
             "metrics equal": same, "weights equal": self.digest(straight) == self.digest(resumed), "moved": history[-1]["kl"] > 0,
-            "grad_norms": [m["grad_norm"] for m in history], "lrs": [m["lr"] for m in history],
+            "grad_norms": [m["grad_norm"] for m in history], "lrs": [m["lr"] for m in history], "last loss": history[-1]["loss"],
         }
         if stage == 2:
             other = replace(config, zero_stage=0)
@@ -110,6 +110,16 @@ class Scenarios:
                 self.learner(other).load(str(folder))
             except Exception as error:
                 self.results["other stage"] = f"{type(error).__name__}: {error}"
+
+    def elsewhere(self):
+        """The third step of `resume`, from the checkpoint that the other number of ranks wrote."""
+        for stage in (0, 2, 3):
+            folder = self.folder / f"checkpoint{stage}_{3 - self.world_size}"
+            if folder.exists():
+                learner = self.learner(replace(TRAIN, zero_stage=stage))
+                learner.load(str(folder))
+                metrics = learner.train_step(samples(3))
+                self.results[f"elsewhere{stage}"] = {"steps": learner.steps, **{key: metrics[key] for key in ("loss", "grad_norm", "lr")}}
 
     def left_out(self, stage: int):
         """Between two good steps one whose loss overflows, one whose gradient does, and one whose gradient is too large: as if they had not been."""
@@ -199,11 +209,11 @@ class Scenarios:
             self.results[f"one sample {stage}"] = learner.train_step(samples()[:1])["loss"]
 
 
-def main(folder: Path, rank: int, world_size: int, port: int):
+def main(folder: Path, rank: int, world_size: int, port: int, what: str):
     torch.set_num_threads(1)
     scenarios = Scenarios(folder, rank, world_size, port)
-    scenarios.run()
-    (folder / f"results_{world_size}_{rank}.json").write_text(json.dumps(scenarios.results))
+    getattr(scenarios, what)()
+    (folder / f"{what}_{world_size}_{rank}.json").write_text(json.dumps(scenarios.results))
     torch.distributed.destroy_process_group()
 
 
@@ -215,9 +225,11 @@ if __name__ == "__main__":
 
     base, first_port = Path(sys.argv[1]), int(sys.argv[2])
     context = multiprocessing.get_context("fork")
-    children = [context.Process(target=main, args=(base, r, n, first_port + n)) for r, n in ((0, 1), (0, 2), (1, 2))]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    sys.exit(max(child.exitcode != 0 for child in children))
+    for wave, what in enumerate(("run", "elsewhere")):
+        children = [context.Process(target=main, args=(base, r, n, first_port + 2 * wave + n, what)) for r, n in ((0, 1), (0, 2), (1, 2))]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        if any(child.exitcode for child in children):
+            sys.exit(1)

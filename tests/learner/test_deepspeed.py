@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    return {name: json.loads((folder / f"results_{name}.json").read_text()) for name in ("1_0", "2_0", "2_1")}
+    return {name: json.loads((folder / f"run_{name}.json").read_text()) for name in ("1_0", "2_0", "2_1")}
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,16 @@ def test_resume_is_bit_equal(results, rank, stage):
     assert resumed["lrs"] == pytest.approx([3e-3, 3e-3, 1.5e-3])
     assert resumed["grad_norms"] == pytest.approx(results["1_0"]["resume2"]["grad_norms"], rel=1e-4)
     assert "zero_stage = 2, this run has 0" in results["1_0"]["other stage"]
+
+
+@pytest.mark.parametrize("before, now, stage", [(1, 2, 0), (1, 2, 2), (2, 1, 2), (2, 1, 3)])
+def test_another_number_of_ranks_goes_on(folder, results, before, now, stage):
+    """Weights, AdamW's moments and counters: the next step is the one that the ranks before would have made."""
+    there = results[f"{before}_0"][f"resume{stage}"]
+    here = json.loads((folder / f"elsewhere_{now}_0.json").read_text())[f"elsewhere{stage}"]
+    assert here["steps"] == 3 and here["lr"] == there["lrs"][-1]
+    assert here["loss"] == pytest.approx(there["last loss"], abs=1e-5) and here["grad_norm"] == pytest.approx(there["grad_norms"][-1], rel=1e-4)
+    assert sorted(path.name for path in folder.glob(f"checkpoint{stage}_{before}*") if path.is_dir()) == [f"checkpoint{stage}_{before}", f"checkpoint{stage}_{before}_export"]
 
 
 @pytest.mark.parametrize("rank,stage", [("1_0", 0), ("1_0", 2), ("2_0", 2), ("2_0", 3)])

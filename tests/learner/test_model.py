@@ -170,6 +170,35 @@ def test_text_only_prompts_keep_the_vision_tower_in_the_graph(family):
     assert all(p.grad is not None and not p.grad.any() for p in policy.model.model.visual.parameters())
 
 
+@pytest.mark.parametrize("pictures", [2, 0])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_frozen_vision_tower_looks_once_at_a_micro_batch(family, pictures):
+    """Reference and policy share its features (and, where there are no pictures, its stand-in): the same log-probs and gradients, half the work."""
+    policy, reference = policies(family)[0], policies(family)[0]
+    policy.freeze(("vision", "projector"))
+    reference.requires_grad_(False)
+    spec = SPECS[family]
+    batch = lambda: collate(random_samples(images=pictures, patch=spec.patch), range(12), spec, policy.rope_index)
+
+    def step(shares):
+        policy.shares_vision = reference.shares_vision = shares and not policy.vision_learns
+        policy.zero_grad()
+        seen, one = [], batch()
+        hooks = [model.model.model.visual.register_forward_hook(lambda *_: seen.append(1)) for model in (policy, reference)]
+        with torch.no_grad():
+            before, _ = reference(one)
+        logprobs, _ = policy(one)
+        logprobs.sum().backward()
+        for hook in hooks:
+            hook.remove()
+        return len(seen), before, logprobs.detach(), [p.grad for p in policy.parameters() if p.grad is not None]
+
+    apart, together = step(False), step(True)
+    assert (apart[0], together[0]) == (2, 1)
+    assert torch.equal(apart[1], together[1]) and torch.equal(apart[2], together[2])
+    assert len(apart[3]) == len(together[3]) and all(torch.equal(a, b) for a, b in zip(apart[3], together[3]))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_chunked_logprobs_equal_full_logits(temperature):
     generator = torch.Generator().manual_seed(0)
