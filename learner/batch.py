@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .patchify import PatchSpec, patchify
+from .schedule import SampleSize
 from .shared_prompt import SharedPromptLayout, shared_prompt_layout
 
 
@@ -41,6 +42,12 @@ class Sample:
     fingerprint: str
     advantage: float | np.ndarray = 0.0
     truncated: bool = False
+
+    @property
+    def size(self) -> SampleSize:
+        """What it costs, for the schedule."""
+        patches = int(np.prod(self.grid_thw, axis=1).sum()) if len(self.grid_thw) else 0
+        return SampleSize(self.group, len(self.prompt_ids), len(self.response_ids), patches)
 
 
 def prompt_fingerprint(prompt_ids: np.ndarray, images: Sequence[np.ndarray]) -> str:

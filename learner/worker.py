@@ -15,13 +15,14 @@ from .batch import MicroBatch, Sample, check_fingerprints, check_samples, collat
 from .checkpoint import export_policy, load_checkpoint, save_checkpoint
 from .config import LearnerConfig, check_config
 from .engine import PolicyEngine, Update, frozen_engine, init_distributed, pick_device_and_dtype
+from .flops import ModelSize, peak_flops, step_flops
 from .grpo import kl_to_reference, multiplicative_error, rollout_mismatch, token_sums
 from .learning_rate import learning_rate
 from .lora import add_adapters, without_adapters
 from .loss import Totals, counted_sequences, micro_batch_loss, step_totals
 from .patchify import PatchSpec
 from .policy import PolicyModel, load_model
-from .schedule import SampleSize, schedule
+from .schedule import schedule
 from .weights import WeightBucket, weight_buckets
 
 MEANS = ("policy_loss", "kl", "clip_low", "clip_high", "dual_clip", "tis_weight", "tis_capped", "ratio", "entropy", "mismatch_kl", "mismatch_abs")
@@ -68,6 +69,7 @@ class LearnerWorker:
         if config.lora_rank:
             add_adapters(policy.model, config)
         policy.shares_vision = not policy.vision_learns
+        self.size = ModelSize.of(policy)
         self.engine = PolicyEngine(policy, config, world_size, self.dtype)
         self.reference = None
         if config.kl_coef > 0.0 and config.lora_rank:
@@ -138,6 +140,7 @@ class LearnerWorker:
             sums["loss"] += loss.detach()
             sums["tokens"] += counted.sum()
             sums["row_tokens"] += batch.input_ids.numel()
+            sums["attention_rows"] += batch.layout.padded_to_packed.numel()
             sums["max_mismatch"] = torch.maximum(sums["max_mismatch"], terms["mismatch_abs"].max().double())
 
     def _update(self, loss: Tensor, factor: float) -> Update:
@@ -168,12 +171,8 @@ class LearnerWorker:
 
     def _plan(self, samples: Sequence[Sample], part: Sequence[int]) -> list[list[list[int]]]:
         """plan[rank][micro-batch] = indices into `samples`; the same on every rank."""
-        sizes = [
-            SampleSize(s.group, len(s.prompt_ids), len(s.response_ids), int(np.prod(s.grid_thw, axis=1).sum()) if len(s.grid_thw) else 0)
-            for s in (samples[i] for i in part)
-        ]
         hidden = self.policy.model.config.get_text_config().hidden_size
-        plan = schedule(sizes, self.world_size, self.config.tokens_per_microbatch, hidden)
+        plan = schedule([samples[i].size for i in part], self.world_size, self.config.tokens_per_microbatch, hidden)
         return [[[part[k] for k in indices] for indices in share] for share in plan]
 
     def _micro_batches(self, samples, part, plan, clock: _Clock) -> Iterator[tuple[MicroBatch, bool]]:
@@ -237,7 +236,7 @@ class LearnerWorker:
     # ---- metrics
 
     def _metrics(self, samples, sums: dict[str, Tensor], done: list[Update], rate: float, plans, clock: _Clock) -> dict[str, float]:
-        names = ("loss", "tokens", "row_tokens", *MEANS)
+        names = ("loss", "tokens", "row_tokens", "attention_rows", *MEANS)
         total = torch.stack([sums[name] for name in names])
         largest = sums["max_mismatch"]
         torch.distributed.all_reduce(total)
@@ -267,10 +266,19 @@ class LearnerWorker:
             "samples": float(len(samples)),
             "response_tokens": float(sum(len(s.response_ids) for s in samples)),
             "row_tokens": values["row_tokens"] / self.config.ppo_epochs,
+            "attention_padding": 1.0 - values["row_tokens"] / values["attention_rows"],
             "seconds": seconds,
             "response_tokens_per_second": values["tokens"] / seconds,
+            **self._utilisation(samples, plans, seconds),
             **{f"seconds_{name}": value for name, value in clock.laps.items()},
         }
+
+    def _utilisation(self, samples: Sequence[Sample], plans, seconds: float) -> dict[str, float]:
+        """Operations a second of one rank, in units of 1e12, and on a known GPU in bfloat16 their share of its peak."""
+        batches = [[samples[i].size for i in indices] for plan in plans for share in plan for indices in share]
+        flops = step_flops(self.size, batches, self.reference is not None, self.config.ppo_epochs) / self.world_size
+        peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" and self.dtype == torch.bfloat16 else None
+        return {"tflops_per_second": flops / seconds / 1e12} | ({"mfu": flops / seconds / peak} if peak else {})
 
     # ---- weights and checkpoints
 

@@ -13,6 +13,7 @@ from tiny_learner import BANNED, IMAGE, SPECS, VIDEO, image_processor, plain_log
 from learner import shared_prompt
 from learner.batch import SampleError, check_fingerprints, check_samples, collate, prompt_fingerprint
 from learner.config import LearnerConfig
+from learner.flops import ModelSize, step_flops
 from learner.logprobs import chunked_logprobs
 from learner.loss import micro_batch_loss, step_totals
 from learner.patchify import image_grid, patchify
@@ -197,6 +198,30 @@ def test_a_frozen_vision_tower_looks_once_at_a_micro_batch(family, pictures):
     assert (apart[0], together[0]) == (2, 1)
     assert torch.equal(apart[1], together[1]) and torch.equal(apart[2], together[2])
     assert len(apart[3]) == len(together[3]) and all(torch.equal(a, b) for a, b in zip(apart[3], together[3]))
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_operations_are_those_that_torch_counts(learns):
+    """Matrix products of a forward and a backward pass, vision tower trained or not; attention is small here, and torch counts what the mask hides."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    policy, _ = policies(hidden=64, intermediate=512, vision=64)
+    if not learns:
+        policy.freeze(("vision", "projector"))
+    samples = random_samples(groups=2, completions=3, text=60, response=(20, 20), vary=False)
+    batch = collate(samples, range(6), SPEC, policy.rope_index)
+    with FlopCounterMode(display=False) as counter:
+        logprobs, _ = policy(batch)
+        logprobs.sum().backward()
+    found = sum(n for operation, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(operation))
+    size, sizes = ModelSize.of(policy), [s.size for s in samples]
+    head = 2 * size.head * 120  # its logits are computed again in the backward pass, which is not counted as needed
+    patches = 2 * 1176 * 64 * 96  # what would go on to the pixels, which is not computed
+    assert step_flops(replace(size, attention=0), [sizes], reference=False) - learns * patches == pytest.approx(found - head, rel=0.01)
+    assert step_flops(size, [sizes], reference=True) > step_flops(size, [sizes[:3], sizes[3:]], reference=False)
+    attention = step_flops(size, [sizes[:1]], False) - step_flops(replace(size, attention=0), [sizes[:1]], False)
+    p = len(samples[0].prompt_ids)
+    assert attention == 3 * 4 * size.attention * (p * p / 2 + 19 * (p + 9.5))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
