@@ -121,7 +121,7 @@ class LearnerConfig:
         default=16384, metadata={"help": "Tokens of a micro-batch (a prompt counts once for its group).", "min": 1}
     )
     logprob_chunk_tokens: int = field(
-        default=2048, metadata={"help": "Response tokens whose full logits are held at a time.", "min": 1}
+        default=256, metadata={"help": "Response tokens whose full logits are held at a time.", "min": 1}
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: less memory, about a third slower."})
     entropy: bool = field(default=True, metadata={"help": "Measure the policy's entropy."})
