@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,6 +37,8 @@ class ToyDataConfig:
     queries: int = 3  # per video, at most
     seed: int = 0
     world: WorldConfig = WorldConfig()
+    shuffled: bool = False
+    """A control: each query's text is replaced by one about a shape drawn from all of its video, so that it tells nothing of what is meant."""
 
 
 def write_toy_data(out: str | Path, config: ToyDataConfig = ToyDataConfig(), progress: Callable[[str], None] = print) -> None:
@@ -72,6 +74,8 @@ def _write_video(seed: int, root: Path, config: ToyDataConfig) -> tuple[list[Epi
         Image.fromarray(video.frame(t)).save(folder / f"{t:05d}.jpg", quality=92, subsampling=0)
         annotations.append({i: annotate(t, mask) for i, mask in enumerate(video.masks(t))})
     queries = _choose(video, config.queries)
+    if config.shuffled:
+        queries = _shuffled(video, queries)
     targets = [TargetObject(str(i), tuple(a[i] for a in annotations if a[i])) for i in range(len(video.shapes))]
     episodes = [toy_episode(video, n, query, SPLITS[root.name], tuple(targets[i] for i in query.targets)) for n, query in enumerate(queries)]
     expressions = {str(n): {"exp": q.text, "obj_id": list(q.targets)} for n, q in enumerate(queries)}
@@ -116,6 +120,18 @@ def _choose(video: ToyVideo, count: int):
             if queries and len(chosen) < count:
                 chosen.append(queries.pop(int(rng.integers(len(queries)))))
     return chosen
+
+
+def _shuffled(video: ToyVideo, queries: list[Query]) -> list[Query]:
+    """Each query with the text of one about a shape drawn evenly, of its own level where there is one."""
+    rng = np.random.default_rng([video.seed, 3])
+    result = []
+    for query in queries:
+        shape = int(rng.integers(len(video.shapes)))
+        about = [q for q in video.queries if q.targets == (shape,)]
+        texts = [q.text for q in about if q.level == query.level] or [q.text for q in about]
+        result.append(replace(query, text=texts[int(rng.integers(len(texts)))]))
+    return result
 
 
 def _write_mevis(folder: Path, videos: list, masks: bool) -> None:

@@ -1,4 +1,4 @@
-"""The toy run's evidence: three seeds, learning rate 0, and two controls, recorded as JSON and drawn as a plot.
+"""The toy run's evidence: three seeds, learning rate 0, and three controls, recorded as JSON and drawn as a plot.
 
     python -m examples.toy.evidence --out docs/toy-run.json
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cluster.config import load
 from cluster.metrics import read_metrics
+from rollout.toy_data import ToyDataConfig, write_toy_data
 
 RUNS = {
     "seed-0": ["run.seed=0"],
@@ -26,8 +27,11 @@ RUNS = {
     "seed-2": ["run.seed=2"],
     "lr-0": ["learner.lr=0"],
     "blank-frames": ["data.control=blank_frames"],
+    "shuffled-in-video": ["data.train={data}/train", "data.evaluation={data}/valid_u", "data.generate=null"],
     "shuffled-queries": ["data.control=shuffled_queries"],
 }
+SHUFFLED = Path("data/toy-shuffled")
+"""The toy world with each query about a shape of its video drawn at random."""
 POLICY = Path(__file__).parent / "models/policy"
 CURVES = ("reward/mean", "iou/box", "iou/mask", "length/reasoning", "length/factor", "length/penalised_fraction", "kl/reference", "mismatch/kl", "mismatch/logprob_diff", "seconds/step")
 
@@ -49,6 +53,9 @@ def run(name: str, overrides: list[str], folder: Path) -> Path:
         command = ["resume", str(where)]
     else:
         shutil.rmtree(where, ignore_errors=True)  # interrupted before its first checkpoint
+        overrides = [o.format(data=SHUFFLED) for o in overrides]
+        if any(str(SHUFFLED) in o for o in overrides) and not SHUFFLED.exists():
+            write_toy_data(SHUFFLED, ToyDataConfig(shuffled=True))
         command = ["train", "debug", f"run.dir={folder}", f"run.name={name}", *overrides]
     print(f"--- {name}: videoseg {' '.join(command)}", flush=True)
     subprocess.run([sys.executable, "-m", "cluster.cli", *command], check=True)

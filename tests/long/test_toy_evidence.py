@@ -17,7 +17,7 @@ def test_the_toy_run_learns_and_its_controls_do_not(monkeypatch):
     spread = max(gain["reward/mean"] for gain in seeds) - min(gain["reward/mean"] for gain in seeds)
     assert min(gain["reward/mean"] for gain in seeds) > spread
     assert runs["lr-0"]["gain"]["iou/box"] == 0
-    assert abs(runs["shuffled-queries"]["gain"]["iou/box"]) <= 0.03
+    assert abs(runs["shuffled-in-video"]["gain"]["iou/box"]) <= 0.03
     assert abs(runs["blank-frames"]["gain"]["iou/box"]) <= 0.03
     for name in runs:
         assert max(runs[name]["curves"]["mismatch/kl"]) < 0.01

@@ -108,3 +108,20 @@ def test_mevis_layout(toy):
 def test_an_existing_data_set_is_never_overwritten(toy):
     with pytest.raises(FileExistsError, match="exists already"):
         write_toy_data(toy)
+
+
+def test_shuffled_queries_make_sense_and_tell_nothing(tmp_path):
+    """A text names one shape of its video, each shape as often; what is meant, the frames and the masks stay."""
+    config = ToyDataConfig(train=40, valid_u=1, valid=1)
+    for name, shuffled in (("plain", False), ("shuffled", True)):
+        write_toy_data(tmp_path / name, replace(config, shuffled=shuffled), progress=lambda line: None)
+    right, chance = 0, 0.0
+    for a, b in zip(*(read_episodes(tmp_path / name / "train") for name in ("plain", "shuffled"))):
+        assert replace(b, query=a.query, root=a.root) == a
+        video = make_video(int(b.video_id.removeprefix("toy_")))
+        (asked,) = {q.targets for q in video.queries if q.text == b.query}
+        assert len(asked) == 1
+        if len(a.objects) == 1:
+            right += str(asked[0]) == a.objects[0].object_id
+            chance += 1 / len(video.shapes)
+    assert abs(right - chance) < 0.25 * chance
