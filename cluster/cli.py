@@ -50,19 +50,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> None:
     """Train a policy; with no arguments the debug recipe."""
-    from cluster import config, config_files, config_resolve, run_folder
-
-    recipe, overrides = _recipe_and_overrides(options)
-    hardware = config_resolve.detect_hardware()
-    settings = config_resolve.resolve(config.load(recipe, overrides), hardware)
-    config_resolve.check_hardware(settings, hardware)
-    folder = run_folder.plan(settings.run.dir, settings.run.name, settings.run.recipe)
+    settings, folder = _planned(options)
     if options.replay:
         from cluster import replay
 
         return replay.replay(settings, folder, [Path(p) for p in options.replay], options.start and Path(options.start))
     if options.start:
         raise UserError("--start is for --replay, which is not given", "to go on with a run: videoseg resume RUN")
+    _start(settings, folder)
+
+
+def sft(options: argparse.Namespace) -> None:
+    """Fine-tune a policy on answers, from the truth or from a file, so that reinforcement learning begins with one that knows how to answer."""
+    _start(*_planned(options, "run.task=sft"))
+
+
+def _planned(options: argparse.Namespace, *more: str) -> tuple[Any, Any]:
+    """The settings of a new run, checked against this machine, and the folder that it will get."""
+    from cluster import config, config_resolve, run_folder
+
+    recipe, overrides = _recipe_and_overrides(options)
+    hardware = config_resolve.detect_hardware()
+    settings = config_resolve.resolve(config.load(recipe, [*overrides, *more]), hardware)
+    config_resolve.check_hardware(settings, hardware)
+    task = "-sft" if settings.run.task == "sft" else ""
+    return settings, run_folder.plan(settings.run.dir, settings.run.name, settings.run.recipe + task)
+
+
+def _start(settings: Any, folder: Any) -> None:
+    from cluster import config_files
+
     config_files.make_missing_data(settings)
     config_files.locate(settings)
     from cluster import trainer
@@ -291,6 +308,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(command)
     command.add_argument("--replay", action="append", metavar="PATH", help="train on saved rollouts (a file, a run) without engines; may be repeated")
     command.add_argument("--start", metavar="CHECKPOINT", help="with --replay: a run's checkpoint to begin with, in place of policy.path alone")
+
+    rule = "No engines and no segmenter. Settings are those of `videoseg train`, with a section sft; docs/sft.md says which of them count.\n\n" + _SETTINGS_HELP
+    command = _add(commands, "sft", sft, "videoseg sft videoseg_r1_7b data.train=data/mevis/train learner.lr=1e-5", rule)
+    _add_settings(command)
 
     rule = "Settings that would change what was trained so far are refused."
     command = _add(commands, "resume", resume, "videoseg resume runs/latest loop.steps=80", rule)

@@ -10,7 +10,7 @@ from typing import Any
 from cluster import config_rules
 from cluster.config_check import Problem, build, source_of
 from cluster.config_file import config_error, find_recipe, read_settings
-from cluster.sections import ClusterConfig, DataConfig, EvalConfig, LoopConfig, PolicyConfig, RunSection
+from cluster.sections import ClusterConfig, DataConfig, EvalConfig, LoopConfig, PolicyConfig, RunSection, SftConfig
 from learner.config import LearnerConfig
 from reward_service.config import RewardConfig
 from reward_service.difficulty import DifficultyConfig
@@ -23,7 +23,7 @@ from segmentation_service.config import SegmentationConfig
 class RunConfig:
     """All settings of a run. Sections of the packages are documented where they are defined."""
 
-    run: RunSection = field(default_factory=RunSection, metadata={"help": "Name, place and seed."})
+    run: RunSection = field(default_factory=RunSection, metadata={"help": "Name, place, task and seed."})
     policy: PolicyConfig = field(default_factory=PolicyConfig, metadata={"help": "The model that is trained."})
     data: DataConfig = field(default_factory=DataConfig, metadata={"help": "Episodes."})
     prompt: PromptConfig = field(default_factory=PromptConfig, metadata={"help": "What the policy is shown."})
@@ -34,6 +34,7 @@ class RunConfig:
     difficulty: DifficultyConfig = field(default_factory=DifficultyConfig, metadata={"help": "Where the difficulty that sets the length budget comes from."})
     segmentation: SegmentationConfig = field(default_factory=SegmentationConfig, metadata={"help": "SAM2, and what carries its masks through the video."})
     learner: LearnerConfig = field(default_factory=LearnerConfig, metadata={"help": "How the policy is updated (DeepSpeed)."})
+    sft: SftConfig = field(default_factory=SftConfig, metadata={"help": "Supervised fine-tuning (run.task=sft)."})
     loop: LoopConfig = field(default_factory=LoopConfig, metadata={"help": "The training loop."})
     eval: EvalConfig = field(default_factory=EvalConfig, metadata={"help": "Held-out evaluation."})
     cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata={"help": "Ray and the machines."})

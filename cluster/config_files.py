@@ -41,7 +41,7 @@ def locate(config: RunConfig) -> RunConfig:
         policy=replace(config.policy, path=found["policy.path"]),
         segmentation=replace(
             config.segmentation,
-            checkpoint=found["segmentation.checkpoint"],
+            checkpoint=found.get("segmentation.checkpoint", config.segmentation.checkpoint),
             model_config=_file_or_name(config.segmentation.model_config),
             propagation=replace(
                 propagation, checkpoint=found.get("segmentation.propagation.checkpoint"), model_config=_file_or_name(propagation.model_config)
@@ -54,6 +54,7 @@ def locate(config: RunConfig) -> RunConfig:
             train_frames=found.get("data.train_frames"),
             evaluation_frames=found.get("data.evaluation_frames"),
         ),
+        sft=replace(config.sft, answers=found.get("sft.answers"), evaluation_answers=found.get("sft.evaluation_answers")),
     )
 
 
@@ -88,17 +89,18 @@ def _file_or_name(given: str | None) -> str | None:
 
 def _look(config: RunConfig) -> tuple[dict[str, str], list[MissingFileError]]:
     """Setting -> what to load for it, and an error for each that is missing."""
-    wanted = [
-        ("policy.path", config.policy.path, True),
-        ("segmentation.checkpoint", config.segmentation.checkpoint, True),
-    ]
+    segments = config.run.task == "rl"
+    wanted = [("policy.path", config.policy.path, True)]
+    wanted += [("segmentation.checkpoint", config.segmentation.checkpoint, True)] if segments else []
     train = config.data.train
     wanted += [("data.train", train, False)] if isinstance(train, str) else [(f"data.train[{i}].path", s.path, False) for i, s in enumerate(train)]
     wanted.append(("data.evaluation", config.data.evaluation, False))
     propagation = config.segmentation.propagation
-    if propagation.checkpoint is not None:
+    if segments and propagation.checkpoint is not None:
         wanted.append(("segmentation.propagation.checkpoint", propagation.checkpoint, propagation.method == "sam2"))
     wanted += [(f"data.{name}", given, False) for name in ("train_frames", "evaluation_frames") if (given := getattr(config.data, name)) is not None]
+    if config.run.task == "sft":
+        wanted += [(f"sft.{name}", given, False) for name in ("answers", "evaluation_answers") if (given := getattr(config.sft, name)) is not None]
     found, problems = {}, []
     for key, given, allow_hub in wanted:
         try:

@@ -42,6 +42,8 @@ _MAY_CHANGE = (
     "data.evaluation",
     "data.train_frames",
     "data.evaluation_frames",
+    "sft.answers",
+    "sft.evaluation_answers",
     "run.dir",
     "eval.",
     "cluster.",
@@ -152,6 +154,15 @@ def combination_problems(config: RunConfig) -> list[Problem]:
     refuse(
         best == "iou/video" and not config.reward.needs_video_masks, "loop.keep_best", "is iou/video, but no reward term propagates masks", "use iou/mask"
     )
+    sft = config.run.task == "sft"
+    measured, instead = ("the loss alone", "sft/loss") if sft else ("no such loss", "iou/box")
+    refuse(
+        best is not None and sft != (best == "sft/loss"), "loop.keep_best", f"is {best}, but with run.task={config.run.task} evaluations measure {measured}", f"use {instead} or null"
+    )
+    try:
+        config.sft.thought.format(query="", count=0)
+    except (KeyError, IndexError, ValueError) as error:
+        found.append(Problem("sft.thought", f"{config.sft.thought!r} cannot be filled in ({type(error).__name__}: {error})", "write {query} and {count}, and other braces twice"))
     try:
         learner.config.check_config(learn)
     except ValueError as error:
@@ -177,11 +188,10 @@ def hardware_problems(config: RunConfig, hardware: Hardware, installed_build: st
     )
     if cuda and gpus:
         c = config.cluster
-        shares = (
-            config.rollout.engines * max(c.gpus_per_engine, config.rollout.tensor_parallel if config.rollout.tensor_parallel > 1 else 0)
-            + config.segmentation.replicas * c.gpus_per_segmenter
-            + config.learner.ranks * c.gpus_per_learner
-        )
+        shares = config.learner.ranks * c.gpus_per_learner
+        if config.run.task == "rl":
+            shares += config.rollout.engines * max(c.gpus_per_engine, config.rollout.tensor_parallel if config.rollout.tensor_parallel > 1 else 0)
+            shares += config.segmentation.replicas * c.gpus_per_segmenter
         refuse(config.learner.ranks > gpus, "learner.ranks", f"{config.learner.ranks} ranks need a GPU each, there are {gpus}", f"use {gpus}")
         refuse(
             shares > gpus + 1e-6,

@@ -27,18 +27,19 @@ from rollout.order import ShuffledOrder, substitute_at, target_frame_at, uniform
 from rollout.prompts import Prompt, PromptBuilder, PromptTooLong
 from segmentation_service.video import FramesInMemory, Video, VideoError, VideoReference
 
+from cluster.answers import Answers, AnswerTooLong, LearnedAnswer, Written, WrittenAnswers
 from cluster.config import RunConfig
 from cluster.errors import DataError
 from cluster.sections import DataConfig, WeightedData
 
 SUBSTITUTES = 20  # tried at one position before the data set counts as unreadable
-UNUSABLE = (VideoError, PromptTooLong)  # what costs an episode, not the run
+UNUSABLE = (VideoError, PromptTooLong, AnswerTooLong)  # what costs an episode, not the run
 
 
 @dataclass(frozen=True)
 class Draw:
     """One episode to answer. `frame` is the target frame at its original size: uint8 (H, W, 3); `video` all frames, unread;
-    `replaced` the episodes that were to come here and could not be used."""
+    `replaced` the episodes that were to come here and could not be used; `answer` what is learned, in supervised fine-tuning."""
 
     position: int
     episode: Episode
@@ -47,19 +48,20 @@ class Draw:
     video: Video
     target: Target
     replaced: tuple[BrokenEpisode, ...] = ()
+    answer: LearnedAnswer | None = None
 
 
 @dataclass(frozen=True)
 class BrokenEpisode:
-    """An episode left out for its video (`kind` is unreadable, slow or crashed) or its prompt (too_long); `reason` says more."""
+    """An episode left out for its video (`kind` is unreadable, slow or crashed) or its prompt or answer (too_long); `reason` says more."""
 
     episode_id: str
     kind: str
     reason: str
 
     @classmethod
-    def of(cls, episode: Episode, error: VideoError | PromptTooLong) -> BrokenEpisode:
-        kinds = {SlowVideo: "slow", CrashingVideo: "crashed", PromptTooLong: "too_long"}
+    def of(cls, episode: Episode, error: VideoError | PromptTooLong | AnswerTooLong) -> BrokenEpisode:
+        kinds = {SlowVideo: "slow", CrashingVideo: "crashed", PromptTooLong: "too_long", AnswerTooLong: "too_long"}
         kind = next((kind for error_type, kind in kinds.items() if isinstance(error, error_type)), "unreadable")
         return cls(episode.episode_id, kind, str(error))
 
@@ -90,31 +92,49 @@ class Draws:
         seed: int,
         frame_samples: str | None = None,
         decoders: Decoders | None = None,
+        answers: Answers | None = None,
     ) -> None:
-        """`frame_samples`: a file of `videoseg sample-frames` that says which frames are shown and which one is the target frame."""
+        """`frame_samples`: a file of `videoseg sample-frames` that says which frames are shown and which one is the target frame. `answers`: what is
+        learned; where they are written, only the episodes that have one are drawn, and an answer may say which frame it is about."""
         sets = [WeightedData(path)] if isinstance(path, str) else path
         self.paths, self.builder, self.data, self.seed = [s.path for s in sets], builder, data, seed
         self.decoders = decoders or Decoders(data.decoders, data.decode_seconds, int(data.frame_cache_gb * 2**30))
         self.slow: dict[str, float] = {}
-        datasets = [EpisodeDataset(path, data.min_target_share) for path in self.paths]
+        self.answers, written = answers, answers and answers.written
+        datasets = [EpisodeDataset(path, data.min_target_share, only=written and written.episode_ids) for path in self.paths]
         for path, dataset in zip(self.paths, datasets):
             if not len(dataset):
-                raise DataError(f"{path}: no episode has a frame in which its target can be seen", "check data.min_target_share and the data set")
+                lacks, remedy = (f" and an answer in {written.file}", "; and that its episode_id are those of the data set") if written else ("", "")
+                raise DataError(f"{path}: no episode has a frame in which its target can be seen{lacks}", f"check data.min_target_share and the data set{remedy}")
         self.episodes = Mixture(datasets, [s.weight for s in sets], seed)
-        self.fingerprint = self.episodes.fingerprint
+        self.fingerprint, self.sources = self.episodes.fingerprint, [*self.paths]  # its parts, with + between them, and what each is of
         self.samples = None
         if frame_samples is not None:
             self.samples = FrameSamples(frame_samples)
             self.samples.check(self.episodes.project("episode_id", "query").rows())
-            self.fingerprint += f"+{self.samples.fingerprint}"
+            self._add_source(self.samples)
+        if written:
+            written.check(self.episodes.project("episode_id", "num_frames", "annotated_frames").rows(), frames_are_fixed=self.samples is not None)
+            self._add_source(written)
+
+    def _add_source(self, source: FrameSamples | WrittenAnswers) -> None:
+        self.fingerprint += f"+{source.fingerprint}"
+        self.sources.append(source.file)
 
     @classmethod
     def of_run(cls, config: RunConfig) -> tuple[Draws, Draws]:
         """Training and held-out draws of a run, with one pool of decoders. The held-out ones do not depend on the run's seed."""
         builder = PromptBuilder(config.policy.path, config.prompt)
         data, room = config.data, config.rollout.max_images - 1
-        train = cls(data.train, builder, data, config.run.seed, data.train_frames)
-        both = train, cls(data.evaluation, builder, data, 0, data.evaluation_frames, train.decoders)
+
+        def answers(file: str | None) -> Answers | None:
+            if config.run.task != "sft":
+                return None
+            written = file and WrittenAnswers(file, builder.tokenizer.eos_token)
+            return Answers(builder, config.sft.thought, config.reward.weights.negative_point > 0, config.rollout.max_response_tokens, written)
+
+        train = cls(data.train, builder, data, config.run.seed, data.train_frames, answers=answers(config.sft.answers))
+        both = train, cls(data.evaluation, builder, data, 0, data.evaluation_frames, train.decoders, answers(config.sft.evaluation_answers))
         for samples in (draws.samples for draws in both if draws.samples):
             if samples.most_shown > room:
                 remedy = f"set rollout.max_images={samples.most_shown + 1}, or sample again with fewer key_frames and reference_frames"
@@ -240,20 +260,30 @@ class Draws:
         elif self.data.control == "blank_frames":
             frames = {i: np.full_like(frame, 127) for i, frame in frames.items()}
             video = FramesInMemory([frames[t]] * episode.num_frames)
-        prompt = self.builder.build(episode.episode_id, query, frames, asked.shown, t, episode.fps)
-        return Draw(position, episode, prompt, frames[t], video, target_of(episode, t), replaced)
+        prompt, target = self.builder.build(episode.episode_id, query, frames, asked.shown, t, episode.fps), target_of(episode, t)
+        answer = self.answers and self.answers.to(query, prompt, target, self._written(position, episode))
+        return Draw(position, episode, prompt, frames[t], video, target, replaced, answer)
 
     def _frames(self, position: int, episode: Episode) -> tuple[list[int], int]:
         """The frames to show, and the target frame."""
-        visible = episode.target_frames(self.data.min_target_share)
+        visible, written = episode.target_frames(self.data.min_target_share), self._written(position, episode)
+        about = None if written is None else written.target_frame
         if self.samples is None:
-            return uniform_frames(episode.num_frames, self.builder.config.reference_frames), target_frame_at(position, visible, self.seed)
+            t = target_frame_at(position, visible, self.seed) if about is None else about
+            return uniform_frames(episode.num_frames, self.builder.config.reference_frames), t
         sample = self.samples.of(episode)
+        if about is not None:
+            return sample.shown, about
         t = nearest(sample.target_frame, visible) if self.data.snap_target_frame else sample.target_frame
         if t not in episode.annotated_frames:
             remedy = "set data.snap_target_frame=true to take the nearest frame that can be scored"
             raise DataError(f"episode {episode.episode_id}: its sampled target frame {t} is not annotated", remedy)
         return sample.shown, t
+
+    def _written(self, position: int, episode: Episode) -> Written | None:
+        """The answer that is learned at a position, where answers are written."""
+        written = self.answers and self.answers.written
+        return written and written.at(episode.episode_id, position, self.seed)
 
     def _random_query(self, position: int, episode: Episode) -> str:
         """The text of a random episode of the same video: it makes sense, and what it means is independent of what was meant.

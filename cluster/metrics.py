@@ -11,7 +11,7 @@ Names (a `*` stands for a term, stage, class or service):
     clip/low_fraction clip/high_fraction                 learner/grad_norm learner/loss learner/lr
     tokens/prompt tokens/response tokens/per_second      seconds/* seconds/step
     staleness/0 staleness/1 …                            failures/{scoring,too_long,video} failures/video/{unreadable,slow,crashed}
-    eval/*
+    sft/loss sft/answers/{iou_box,invalid_fraction}      eval/*
 
 Fractions are 0..1, lengths are tokens, times are seconds, KLs are nats per token.
 """
@@ -118,7 +118,7 @@ def group_metrics(completions: Sequence[ScoredCompletion]) -> dict[str, float]:
 
 
 def left_out_metrics(kinds: Sequence[str]) -> dict[str, float]:
-    """How many episodes were left out: for prompts that are too long; for their videos, all and by kind of fault."""
+    """How many episodes were left out: for prompts, or answers to learn, that are too long; for their videos, all and by kind of fault."""
     counts = Counter(kinds)
     too_long = counts.pop("too_long", 0)
     by_kind = {f"failures/video/{kind}": float(count) for kind, count in sorted(counts.items())}
@@ -126,9 +126,11 @@ def left_out_metrics(kinds: Sequence[str]) -> dict[str, float]:
 
 
 def best_step(path: str | Path, name: str) -> int | None:
-    """The step with the largest value of this metric in a `metrics.jsonl`, the first of equal ones, step 0 left out; None where there is none."""
+    """The step with the best value of this metric in a `metrics.jsonl`, of a loss the smallest, else the largest; the first of equal ones, step 0 left out;
+    None where there is none."""
     records = [record for record in read_metrics(path) if record["step"] > 0 and record.get(name) is not None]
-    return max(records, key=lambda record: record[name])["step"] if records else None
+    sign = -1 if name.endswith("/loss") else 1
+    return max(records, key=lambda record: sign * record[name])["step"] if records else None
 
 
 class StageTimes:

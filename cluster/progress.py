@@ -16,10 +16,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+_MEASURES = 4  # of those shown, what a run is for
 _SHOWN = (
     ("reward", "reward/mean", "{:.3f}"),
     ("box IoU", "iou/box", "{:.3f}"),
     ("mask IoU", "iou/mask", "{:.3f}"),
+    ("loss", "sft/loss", "{:.4f}"),
     ("length", "length/response", "{:.0f}"),
     ("tokens/s", "tokens/per_second", "{:.0f}"),
 )
@@ -122,14 +124,14 @@ def summary_line(
     what: str = "held-out",
     stopped: str = "",
 ) -> str:
-    """The last line of a run: where it is, how reward and IoU moved, how to look further.
+    """The last line of a run: where it is, how reward and IoU (or loss) moved, how to look further.
 
-    `before` and `after` hold `reward/mean`, `iou/box`, `iou/mask` (any of them) of the evaluations, or of `first_and_last`
+    `before` and `after` hold `reward/mean`, `iou/box`, `iou/mask`, `sft/loss` (any of them) of the evaluations, or of `first_and_last`
     steps with `what="training"`. `stopped` says why the run ended before its last step.
     """
     moved = [
         f"{label} {form.format(before[name])} -> {form.format(after[name])}"
-        for label, name, form in _SHOWN[:3]
+        for label, name, form in _SHOWN[:_MEASURES]
         if None not in (before.get(name), after.get(name))
     ]
     end = f" (stopped: {stopped})" if stopped else ""
@@ -141,11 +143,11 @@ def summary_line(
 
 
 def first_and_last(records: Sequence[Mapping[str, float]], window: int = 5) -> tuple[dict[str, float], dict[str, float]]:
-    """Means of reward and IoUs over the first and the last `window` steps of `metrics.jsonl`."""
+    """Means of reward and IoUs, or of the loss, over the first and the last `window` steps of `metrics.jsonl`."""
     window = max(1, min(window, len(records) // 2))
 
     def means(part: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        columns = {name: [r[name] for r in part if r.get(name) is not None] for _, name, _ in _SHOWN[:3]}
+        columns = {name: [r[name] for r in part if r.get(name) is not None] for _, name, _ in _SHOWN[:_MEASURES]}
         return {name: sum(values) / len(values) for name, values in columns.items() if values}
 
     return means(records[:window]), means(records[-window:])

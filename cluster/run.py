@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +23,7 @@ from cluster.draws import SUBSTITUTES, BrokenEpisode, Draw, Draws
 from cluster.errors import RunFailed
 from cluster.evaluation import held_out_metrics
 from cluster.metrics import MetricsWriter, StageTimes, best_step, left_out_metrics, read_metrics
-from cluster.placement import Actors, gather, start_actors, stop_actors
+from cluster.placement import ROLES, Actors, gather, start_actors, stop_actors
 from cluster.progress import Progress, first_and_last, summary_line
 from cluster.rollout_rows import rollout_rows
 from cluster.run_folder import RunFolder
@@ -57,13 +57,14 @@ class Run:
 
     @classmethod
     async def start(
-        cls, config: RunConfig, located: RunConfig, folder: RunFolder, draws: Draws, held_out: Draws, checkpoint: Checkpoint | None, progress: Progress
+        cls, config: RunConfig, located: RunConfig, folder: RunFolder, draws: Draws, held_out: Draws, checkpoint: Checkpoint | None, progress: Progress,
+        roles: Collection[str] = ROLES,
     ) -> Run:
         """Everything loaded, the same policy proved in engines and learner, the checkpoint's state in place, and then the run
-        folder made. `located` is `config` with paths that can be loaded."""
+        folder made. `located` is `config` with paths that can be loaded; `roles` are the parts that the run has."""
         progress.stage("starting")
         ours = policy_fingerprints(located.policy.path)
-        actors = await start_actors(located, ours["banned_token_ids"])
+        actors = await start_actors(located, ours["banned_token_ids"], roles)
         try:
             for number, theirs in enumerate(await gather([engine.fingerprints.remote() for engine in actors.engines])):
                 check_fingerprints(ours, theirs, number)
@@ -82,8 +83,9 @@ class Run:
                 run.step = run.saved = checkpoint.step
                 run.position, run.before = checkpoint.manifest["position"], checkpoint.manifest["before"]
                 draws.slow = dict(checkpoint.manifest.get("slow_videos", {}))
-            await connect(actors, config)
-            await run.sync(run.step)  # before the first batch, on a fresh start too: hashes prove that engines serve what the learner trains
+            if actors.engines:
+                await connect(actors, config)
+                await run.sync(run.step)  # before the first batch, on a fresh start too: hashes prove that engines serve what the learner trains
             progress.restart_clock()
             return run
         except BaseException:
@@ -164,13 +166,16 @@ class Run:
             draws, broken = await asyncio.to_thread(self.held_out.held_out, self.config.eval.episodes)
             groups = await self.answer(draws, 1, self.sampling().greedy(), masks=True)
         broken += broken_episodes(groups)
-        self.note_broken("held-out", broken)
         values = held_out_metrics(groups) | left_out_metrics([b.kind for b in broken])
         rollout_log.write_rollouts(self.folder.path / "evaluations", self.step, rollout_rows(self.step, groups, {}, self.processor))
+        self.note_evaluation(values, broken)
+        return values
+
+    def note_evaluation(self, values: Mapping[str, float], broken: list[BrokenEpisode]) -> None:
+        self.note_broken("held-out", broken)
         self.metrics.write(self.step, {f"eval/{name}": value for name, value in values.items()})
         self.progress.note(f"held-out after {self.step} steps: " + "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
         self.progress.restart_clock()
-        return values
 
     def log_rollouts(self, step: int, groups: list[ScoredGroup], advantages: Mapping[int, Sequence[float | np.ndarray]]) -> None:
         rollout_log.write_rollouts(self.folder.rollouts, step, rollout_rows(step, groups, advantages, self.processor))
@@ -208,7 +213,7 @@ class Run:
         """The last line of a run: held-out before and after, or the first and last training steps of a run that was stopped."""
         if self.before and after:
             return summary_line(self.folder.path, self.step, seconds, self.before, after)
-        steps = [record for record in read_metrics(self.folder.metrics) if "reward/mean" in record]
+        steps = [record for record in read_metrics(self.folder.metrics) if "seconds/step" in record]
         first, last = first_and_last(steps) if steps else ({}, {})
         return summary_line(self.folder.path, self.step, seconds, first, last, what="training", stopped=stopped)
 

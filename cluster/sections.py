@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Optional
 
-KEEP_BEST = ("reward/mean", "iou/box", "iou/mask", "iou/video")
+KEEP_BEST = ("reward/mean", "iou/box", "iou/mask", "iou/video", "sft/loss")
+TASKS = ("rl", "sft")
 CONTROLS = ("none", "shuffled_queries", "blank_frames")
 
 
 @dataclass
 class RunSection:
+    task: str = field(
+        default="rl",
+        metadata={"help": "What the run does: rl, or sft (`videoseg sft`), supervised fine-tuning on answers to the same prompts.", "choices": TASKS},
+    )
     name: str = field(default="auto", metadata={"help": "Name of the run's folder; auto: recipe, date and time."})
     dir: str = field(default="runs", metadata={"help": "Folder that holds the runs, relative to the current folder."})
     recipe: str = field(default="auto", metadata={"help": "Where the settings came from; auto: the recipe's file name."})
@@ -82,6 +87,24 @@ class DataConfig:
     control: str = field(
         default="none",
         metadata={"help": "Negative control: ask for a random target of the same video, or show grey frames, in training and evaluation.", "choices": CONTROLS},
+    )
+
+
+@dataclass
+class SftConfig:
+    """What supervised fine-tuning learns (run.task=sft)."""
+
+    answers: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "JSON lines or Parquet with episode_id, response and target_frame: the answers to learn, to the episodes that have one; null: "
+            "answers made from the truth."
+        },
+    )
+    evaluation_answers: Optional[str] = field(default=None, metadata={"help": "The same for `data.evaluation`."})
+    thought: str = field(
+        default='I look for "{query}". Objects in the target frame that fit it: {count}.',
+        metadata={"help": "Text between the <think> tags of answers made from the truth; {query} and {count} (of the objects) are filled in."},
     )
 
 

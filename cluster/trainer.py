@@ -1,4 +1,7 @@
-"""The training loop: draw episodes, roll out, score, learn, give the new weights back to the engines."""
+"""The training loop: draw episodes, roll out, score, learn, give the new weights back to the engines.
+
+In supervised fine-tuning a step is less (`cluster.sft`), the loop round it the same.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import ray
 from learner.policy_check import check_policy
 from segmentation_service.checkpoint import check_sam2
 
-from cluster import checkpoints, config_files, rollout_log
+from cluster import checkpoints, config_files, rollout_log, sft
 from cluster.checkpoints import Checkpoint
 from cluster.config import RunConfig
 from cluster.draws import Draws
@@ -33,7 +36,8 @@ def train(config: RunConfig, folder: RunFolder, resume: bool = False) -> None:
     located = config_files.locate(config)
     checkpoint = checkpoints.latest(folder.checkpoints)[0] if resume else None
     check_policy(located.policy.path)
-    check_sam2(located.segmentation.checkpoint, located.segmentation.backend, located.segmentation.model_config)
+    if config.run.task == "rl":
+        check_sam2(located.segmentation.checkpoint, located.segmentation.backend, located.segmentation.model_config)
     draws, held_out = Draws.of_run(located)
     for data in (draws, held_out):
         data.check_videos(config.data.check_seconds)
@@ -48,18 +52,19 @@ def train(config: RunConfig, folder: RunFolder, resume: bool = False) -> None:
 
 async def _train(config: RunConfig, located: RunConfig, folder: RunFolder, draws: Draws, held_out: Draws, checkpoint: Checkpoint | None) -> None:
     began = time.monotonic()
+    kind, learn_from = (sft.SftRun, sft.learn) if config.run.task == "sft" else (Run, learn)
     with Stop(config.loop.grace_seconds) as stop, Progress(config.loop.steps, checkpoint.step if checkpoint else 0) as progress, closing(draws):
-        run = await stop.abandoning(Run.start(config, located, folder, draws, held_out, checkpoint, progress))
+        run = await stop.abandoning(kind.start(config, located, folder, draws, held_out, checkpoint, progress))
         if run is None:
             return
         try:
             if config.eval.ends and run.before is None:
                 run.before = await stop.abandoning(run.evaluate())
             while run.step < config.loop.steps and not stop.requested:
-                groups = await stop.abandoning(run.collect())
-                if groups is None:
+                collected = await stop.abandoning(run.collect())
+                if collected is None:
                     break
-                await learn(run, groups)
+                await learn_from(run, collected)
                 if run.due(config.loop.save_every):
                     await run.save()
                 if run.due(config.eval.every) and run.step < config.loop.steps:
@@ -115,8 +120,8 @@ def scored(groups: list[ScoredGroup], max_failure_rate: float, step: int) -> lis
 def check_resumable(checkpoint: Checkpoint | None, draws: Draws) -> None:
     """Raises `CheckpointError` if the data sets or their shares are not those that the checkpoint was trained on."""
     if checkpoint is not None and (was := checkpoint.manifest["data"]) != (now := draws.fingerprint):
-        changed = [path for path, part in zip(draws.paths, now.split("+")) if part not in was.split("+")]
+        changed = [path for path, part in zip(draws.sources, now.split("+")) if part not in was.split("+")]
         raise CheckpointError(
-            f"{', '.join(changed or draws.paths)}: not the episodes, or not in the shares, of {checkpoint.path} (fingerprint {now}, was {was})",
+            f"{', '.join(changed or draws.sources)}: not the episodes, or not in the shares, of {checkpoint.path} (fingerprint {now}, was {was})",
             "restore the data set, or start a new run",
         )

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 
@@ -23,10 +23,13 @@ class EpisodeDataset:
     """The episodes of a folder, a shard, or a list of them, which may name a shard more than once.
 
     min_share: leave out the episodes of which `Episode.target_frames(min_share)` has none; None: keep all. It costs one pass over
-    the columns with areas. `cache_bytes` bounds the row groups kept in memory. Raises `DataError` for files that hold no episodes.
+    the columns with areas. only: the `episode_id` of those to keep of the rest; None: all. `cache_bytes` bounds the row groups kept
+    in memory. Raises `DataError` for files that hold no episodes.
     """
 
-    def __init__(self, path: str | Path | Sequence[str | Path], min_share: float | None = None, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self, path: str | Path | Sequence[str | Path], min_share: float | None = None, cache_bytes: int = CACHE_BYTES, only: Set[str] | None = None
+    ) -> None:
         paths = [path] if isinstance(path, (str, Path)) else path
         found = {p: shards(p) for p in dict.fromkeys(paths)}
         self.files = [file for p in paths for file in found[p]]
@@ -34,8 +37,8 @@ class EpisodeDataset:
         self._groups = RowGroups(self.files, cache_bytes)
         self._kept: dict[int, np.ndarray] = {}  # row numbers, of the row groups of which some rows are left out
         sizes = self._groups.sizes.copy()
-        if min_share is not None:
-            for number, usable in self._look_through(min_share):
+        if min_share is not None or only is not None:
+            for number, usable in self._look_through(min_share, only):
                 if not usable.all():
                     self._kept[number] = np.flatnonzero(usable).astype(np.int32)
                     sizes[number] = len(self._kept[number])
@@ -89,11 +92,13 @@ class EpisodeDataset:
             digest.update(file.name.encode() + hashes[file])
         return digest.hexdigest()[:16]
 
-    def _look_through(self, min_share: float) -> Iterator[tuple[int, np.ndarray]]:
-        """For each distinct row group, which rows have a target frame. Says every ten seconds how far it is."""
+    def _look_through(self, min_share: float | None, only: Set[str] | None) -> Iterator[tuple[int, np.ndarray]]:
+        """For each distinct row group, which rows to keep. Says every ten seconds how far it is."""
         sizes, said = self._groups.sizes, time.monotonic()
-        for number, table in enumerate(self._groups.stream(range(len(sizes)), _AREA_COLUMNS)):
-            yield number, has_target_frame(table, min_share)
+        columns = _AREA_COLUMNS if only is None else (*_AREA_COLUMNS, "episode_id")
+        for number, table in enumerate(self._groups.stream(range(len(sizes)), columns)):
+            keep = np.ones(len(table), bool) if min_share is None else has_target_frame(table, min_share)
+            yield number, keep if only is None else keep & np.array([episode_id in only for episode_id in table["episode_id"].to_pylist()], bool)
             if time.monotonic() > said + 10:
                 said = time.monotonic()
                 print(f"{self.files[0].parent}: looked for target frames in {sizes[: number + 1].sum()} of {sizes.sum()} episodes", file=sys.stderr, flush=True)

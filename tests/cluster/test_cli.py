@@ -44,7 +44,7 @@ def test_help_imports_nothing_heavy():
 
 @pytest.mark.parametrize(
     "command",
-    [["train"], ["resume"], ["config"], ["bench"], ["sample-frames"], ["data"], ["data", "toy"], ["data", "difficulty"], ["data", "import"], ["data", "inspect"], ["serve"], ["serve", "segmentation"]],
+    [["train"], ["sft"], ["resume"], ["config"], ["bench"], ["sample-frames"], ["data"], ["data", "toy"], ["data", "difficulty"], ["data", "import"], ["data", "inspect"], ["serve"], ["serve", "segmentation"]],
 )
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -94,6 +94,14 @@ def test_train_hands_a_planned_folder_to_the_trainer(recipe, trainer, tmp_path):
     settings, folder, resume = trainer.calls[0]
     assert settings.loop.steps == 3 and settings.cluster.device in ("cpu", "cuda") and not resume
     assert folder.path.name == "one" and not (tmp_path / "runs").exists()  # the trainer makes it when all its checks have passed
+
+
+def test_sft_is_a_run_with_another_task(recipe, trainer):
+    """Nothing else is decided on the command line, so that `resume` goes on with the same task; and no segmenter is looked for."""
+    assert cli.main(["sft", recipe, "run.dir=somewhere", "segmentation.checkpoint=not/here"]) == 0
+    settings, folder, resume = trainer.calls[0]
+    assert settings.run.task == "sft" and not resume and folder.path.parent.name == "somewhere" and folder.name.startswith("mine-sft-")
+    assert cli.main(["train", recipe, "segmentation.checkpoint=not/here/either"]) == 2 and len(trainer.calls) == 1
 
 
 def test_train_without_a_recipe_is_the_debug_recipe(trainer, monkeypatch, tmp_path):

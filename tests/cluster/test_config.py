@@ -293,6 +293,13 @@ def test_one_cuda_gpu_selects_bf16_the_gpu_build_and_ipc_without_edits():
     assert c == config.load("debug")  # pure: the argument is as it was
 
 
+def test_fine_tuning_reserves_gpus_for_learners_alone():
+    asked = ["learner.ranks=1", "rollout.engines=2", "rollout.weight_sync=nccl"]
+    assert [p.key for p in config_rules.hardware_problems(resolve(config.load("debug", asked), ONE_GPU), ONE_GPU, "cuda")] == ["cluster.gpus_per_engine"]
+    tuned = resolve(config.load("debug", [*asked, "run.task=sft"]), ONE_GPU)
+    assert config_rules.hardware_problems(tuned, ONE_GPU, "cuda") == []
+
+
 def test_resolving_heeds_what_is_fixed():
     old_gpu = dataclasses.replace(ONE_GPU, cuda_capability=7.5)
     assert resolve(config.load("debug"), old_gpu).policy.dtype == "float32"  # no bfloat16 before Ampere
@@ -335,6 +342,10 @@ def test_what_the_machine_lacks_is_told_before_the_start():
         (["learner.dual_clip=3.0", "learner.surrogate=cispo"], "learner.dual_clip"),
         (["loop.keep_best=iou/box"], "loop.keep_best"),
         (["loop.keep_best=iou/video", "eval.every=5"], "loop.keep_best"),
+        (["loop.keep_best=sft/loss", "eval.every=5"], "loop.keep_best"),
+        (["loop.keep_best=iou/box", "eval.every=5", "run.task=sft"], "loop.keep_best"),
+        (["sft.thought=it is {who}"], "sft.thought"),
+        (["sft.thought=it is {query"], "sft.thought"),
         (["learner.offload=all", "learner.zero_stage=2"], "learner.offload"),
         (["learner.vision_lr=1e-6", "learner.lora_rank=8"], "learner.vision_lr"),
         (["learner.lora_targets=[]", "learner.lora_rank=8"], "learner.lora_targets"),

@@ -50,6 +50,8 @@ def test_the_best_step(tmp_path):
     file.write_text("".join(json.dumps({"step": step, "eval/iou/box": value}) + "\n" for step, value in values) + json.dumps({"step": 25, "reward/mean": 1.0}) + "\n")
     assert metrics.best_step(file, "eval/iou/box") == 15
     assert metrics.best_step(file, "eval/None") is None
+    file.write_text("".join(json.dumps({"step": step, "eval/sft/loss": value}) + "\n" for step, value in values))
+    assert metrics.best_step(file, "eval/sft/loss") == 5  # a loss is best where it is smallest
 
 
 def test_a_failed_score_is_no_zero():

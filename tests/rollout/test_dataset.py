@@ -46,6 +46,9 @@ def test_any_episode_by_its_number_equals_reading_all(folder):
         assert 0 < len(dataset) == len(usable) < len(everything) and list(dataset) == usable
         assert [dataset[i] for i in reversed(range(len(usable)))] == usable[::-1]
         assert dataset.group_rows.sum() == len(usable)
+        ids = {"e5", "e7", "e30", "e33", "e999"}
+        assert list(EpisodeDataset(path, min_share=0.01, only=ids)) == [e for e in usable if e.episode_id in ids]
+        assert list(EpisodeDataset(path, only=ids)) == [e for e in everything if e.episode_id in ids]
     with pytest.raises(IndexError, match="episode 23 of 23"):
         EpisodeDataset(folder, min_share=0.01)[23]
 
