@@ -65,6 +65,7 @@ async def _train(config: RunConfig, located: RunConfig, folder: RunFolder, draws
                 if collected is None:
                     break
                 await learn_from(run, collected)
+                await stop_if_updates_fail(run)
                 if run.due(config.loop.save_every):
                     await run.save()
                 if run.due(config.eval.every) and run.step < config.loop.steps:
@@ -103,6 +104,22 @@ async def learn(run: Run, groups: list[ScoredGroup]) -> None:
     run.note_broken(f"step {step}", run.broken)
     if values["mismatch/kl"] > config.loop.mismatch_warn:
         run.progress.note(f"warning: step {step}: rollout/learner mismatch KL {values['mismatch/kl']:.4f} exceeds loop.mismatch_warn")
+
+
+async def stop_if_updates_fail(run: Run) -> None:
+    """Raises `RunFailed`, with a checkpoint, after more than `learner.max_skipped` steps in a row with an update left out."""
+    skipped, allowed = run.skipped_in_a_row, run.config.learner.max_skipped
+    if not skipped:
+        return
+    run.progress.note(f"warning: step {run.step}: an update was left out (loss or gradient not finite, or the gradient above learner.skip_above)")
+    if skipped > allowed:
+        await run.save()
+        remedy = "resume with another learner.skip_above or learner.max_skipped, or begin again with a lower learner.lr"
+        if run.config.run.task == "rl":
+            checkpoint = run.folder.checkpoints / checkpoints.checkpoint_name(run.step)
+            alone = f"videoseg train {run.folder.config} --replay {rollout_log.file_of(run.folder.rollouts, run.step)} --start {checkpoint}"
+            remedy = f"train on that step alone to see why: {alone}; or {remedy}"
+        raise RunFailed(f"updates were left out in {skipped} steps in a row, more than learner.max_skipped = {allowed}", remedy)
 
 
 def scored(groups: list[ScoredGroup], max_failure_rate: float, step: int) -> list[ScoredGroup]:

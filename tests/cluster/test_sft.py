@@ -295,6 +295,20 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(run, tmp_path, capsys):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in start) and any(not torch.equal(weights[0][name], start[name]) for name in start)
 
 
+def test_a_run_whose_updates_are_left_out_stops_and_loses_nothing(run, tmp_path, capsys):
+    """One step more than allowed, then an end with the reason, a checkpoint, and the policy as it was."""
+    again = RunFolder(shutil.copytree(run.path, tmp_path / "again"))
+    assert cli.main(["resume", str(again.path), "loop.steps=9", "learner.skip_above=1e-9", "learner.max_skipped=1"]) == 2
+    said = capsys.readouterr()
+    assert "updates were left out in 2 steps in a row, more than learner.max_skipped = 1" in said.err and "learner.skip_above" in said.err
+    assert said.out.count("an update was left out") == 2 and checkpoints.latest(again.checkpoints)[0].step == 6
+    assert [r["learner/skipped_in_a_row"] for r in steps_of(again) if "sft/loss" in r] == [0, 0, 0, 0, 1, 2]
+    for step in ("4", "6"):
+        assert cli.main(["export", str(again.path), str(tmp_path / step), "--step", step]) == 0
+    before, after = (load_file(tmp_path / step / "model.safetensors") for step in ("4", "6"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_run_does_not_go_on_with_other_answers(run, toy_data, tmp_path):
     rows = [{"episode_id": e.episode_id, "response": "{objects}"} for e in read_episodes(toy_data / "train")]
     file = write_lines(tmp_path / "a.jsonl", rows)
