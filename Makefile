@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILD := $(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu)
 LOCK := requirements/$(BUILD).lock
+STACKS := requirements/stacks.txt
 
 .PHONY: train test test-long setup lock clean
 
@@ -19,10 +20,11 @@ test-long: setup
 
 setup: $(VENV)/.ready-$(BUILD)
 
-$(VENV)/.ready-$(BUILD): $(LOCK) setup.cfg
+$(VENV)/.ready-$(BUILD): $(LOCK) $(STACKS) setup.cfg
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode -r $(LOCK)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode --target $(VENV)/stacks -r $(STACKS)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
 

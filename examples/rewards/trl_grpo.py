@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -90,24 +91,30 @@ class Printed(TrainerCallback):
             print(json.dumps({"step": state.global_step, **shown}), flush=True)
 
 
+def grpo_trainer(url: str | None, steps: int, out: str, format_steps: int = 200, **settings: Any) -> GRPOTrainer:
+    """TRL's trainer of a model that knows the format; settings: of `GRPOConfig`, in place of those here."""
+    set_seed(0)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    print(json.dumps({"format_loss": round(teach_format(model, tokenizer, format_steps), 3)}), flush=True)
+    rows = [{"prompt": name, "target": target(name)} for name in BOXES] * 256
+    defaults = dict(
+        output_dir=out, max_steps=steps, per_device_train_batch_size=128, num_generations=32, max_completion_length=24,
+        learning_rate=5e-4, lr_scheduler_type="constant", beta=0.0, temperature=1.0, logging_steps=20, save_strategy="no", report_to=[],
+        use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    reward = trl_reward(url=url, preset="videoseg_r1", reward=REWARD)
+    config = GRPOConfig(**{**defaults, **settings})
+    return GRPOTrainer(model, reward, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Printed()])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", help="of a reward service; without it, rewards are computed in this process")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", default="runs/trl_grpo", help="folder of the trainer")
     options = parser.parse_args()
-    set_seed(0)
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
-    print(json.dumps({"format_loss": round(teach_format(model, tokenizer), 3)}), flush=True)
-    rows = [{"prompt": name, "target": target(name)} for name in BOXES] * 256
-    config = GRPOConfig(
-        output_dir=options.out, max_steps=options.steps, per_device_train_batch_size=128, num_generations=32, max_completion_length=24,
-        learning_rate=5e-4, lr_scheduler_type="constant", beta=0.0, temperature=1.0, logging_steps=20, save_strategy="no", report_to=[],
-        use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, seed=0,
-    )  # fmt: skip
-    reward = trl_reward(url=options.url, preset="videoseg_r1", reward=REWARD)
-    GRPOTrainer(model, reward, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Printed()]).train()
+    grpo_trainer(options.url, options.steps, options.out).train()
 
 
 if __name__ == "__main__":

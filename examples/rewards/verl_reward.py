@@ -1,4 +1,4 @@
-"""A reward for verl: custom_reward_function.path=examples/rewards/verl_reward.py (name: compute_score).
+"""A reward for verl: reward.custom_reward_function.path=examples/rewards/verl_reward.py (name: compute_score).
 
 The data set's reward_model.ground_truth is the JSON of a target. VIDEOSEG_REWARD_URL names a reward service; without it, scores here.
 """

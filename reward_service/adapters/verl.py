@@ -1,4 +1,4 @@
-"""verl: a file with `compute_score = verl_compute_score(preset="vision_reasoner")`, named by `custom_reward_function.path`."""
+"""verl: a file with `compute_score = verl_compute_score(preset="vision_reasoner")`, named by `reward.custom_reward_function.path`."""
 
 from __future__ import annotations
 
