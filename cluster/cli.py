@@ -26,7 +26,7 @@ key=value changes one setting, with dots between sections: learner.lr=1e-6. `vid
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     try:
-        options = _parser().parse_args(arguments)
+        options = _parse(arguments)
         options.command(options)
         sys.stdout.flush()
         return 0
@@ -292,6 +292,17 @@ def _file_and_overrides(options: argparse.Namespace) -> tuple[str | None, list[s
     if stray:
         raise UserError(f"'{stray[0]}' is not a setting", "give one CONFIG, then key=value settings without spaces round the equals sign")
     return file, given
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Settings may also stand behind options, where argparse takes no more of them."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(options, "settings") and all("=" in r and not r.startswith("-") for r in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.settings += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ _MAY_CHANGE = (
     "loop.mismatch_warn",
     "loop.mismatch_stop",
     "loop.log_masks_every",
+    "learner.ranks",
     "learner.skip_above",
     "learner.max_skipped",
     "learner.collective_timeout_seconds",

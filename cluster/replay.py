@@ -7,6 +7,7 @@ come from the videos, and each prompt must have the fingerprint that it had.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -85,7 +86,7 @@ async def _replay(
                 groups = scored_groups(read_rollouts(file), file)
                 rewards = np.array([[row.reward for row in group] for group in groups])
                 _, learned = await update(actors.learners, config.learner, rewards, [pictures.samples(group) for group in groups])
-                values = {"reward/mean": float(rewards.mean())} | learner_metrics(learned)
+                values = {"reward/mean": math.fsum(rewards.flat) / rewards.size} | learner_metrics(learned)
                 metrics.write(step, values)
                 progress.step(step, values)
             state = {"replayed": [str(file) for file in files]}

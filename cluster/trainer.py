@@ -135,7 +135,9 @@ def scored(groups: list[ScoredGroup], max_failure_rate: float, step: int) -> lis
 
 
 def check_resumable(checkpoint: Checkpoint | None, draws: Draws) -> None:
-    """Raises `CheckpointError` if the data sets or their shares are not those that the checkpoint was trained on."""
+    """Raises `CheckpointError` if the data sets or their shares are not those that the checkpoint was trained on, or it is a replay's."""
+    if checkpoint is not None and "replayed" in checkpoint.manifest:
+        raise CheckpointError(f"{checkpoint.path} was made by --replay, which has no place in the data to go on from", "export it, and start a run with policy.path there")
     if checkpoint is not None and (was := checkpoint.manifest["data"]) != (now := draws.fingerprint):
         changed = [path for path, part in zip(draws.sources, now.split("+")) if part not in was.split("+")]
         raise CheckpointError(

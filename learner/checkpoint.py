@@ -72,10 +72,8 @@ def load_checkpoint(engine, folder: str | Path, rank: int, world_size: int, expe
     for key, value in expected.items():
         if state.get(key) != value:
             raise CheckpointError(f"{folder} was written with {key} = {state.get(key)}, this run has {value}; resume with the same {key}")
-    if state["world_size"] == world_size:
+    if state["world_size"] == world_size or state["zero_stage"] == 0:  # without ZeRO any rank holds everything
         loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)  # frozen weights are not in it
-    elif state["zero_stage"] == 0:
-        loaded, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)  # every rank holds everything
     else:
         loaded = _load_universal(engine, folder, rank)
     if loaded is None:

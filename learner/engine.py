@@ -162,7 +162,7 @@ class PolicyEngine:
         if self._norm < 0.0 or self._norm != self._norm:
             self._norm = float("inf")  # ZeRO says -1
         for group in self.adam.param_groups:
-            squares = [p.grad.detach().double().square().sum() for p in group["params"] if p.grad is not None]
+            squares = [torch.linalg.vector_norm(p.grad.detach()).double().square() for p in group["params"] if p.grad is not None]
             if squares:
                 self._squares[group["block"]] = self._squares.get(group["block"], 0.0) + torch.stack(squares).sum()
         if self._may_step():

@@ -81,7 +81,7 @@ def test_the_metrics_tell_what_happened(run):
     assert [r["step"] for r in records if "eval/iou/box" in r] == [0, 1, 2, 3]
 
 
-def test_saved_rollouts_repeat_what_was_learned_without_engines(run, tmp_path):
+def test_saved_rollouts_repeat_what_was_learned_without_engines(run, tmp_path, capsys):
     """Two steps replayed from the start, and the third from the checkpoint before it: the same numbers and the same policy, to the last bit."""
     files, where = [file for _, file in rollout_log.rollout_files(run.rollouts)], [f"run.dir={tmp_path}"]
     assert cli.main(["train", str(run.config), "--replay", str(files[0]), "--replay", str(files[1]), *where, "run.name=again"]) == 0
@@ -90,6 +90,7 @@ def test_saved_rollouts_repeat_what_was_learned_without_engines(run, tmp_path):
     again = {r["step"]: r for name in ("again", "third") for r in read_metrics(tmp_path / name / "metrics.jsonl")}
     same = ("reward/mean", "learner/loss", "learner/grad_norm", "learner/grad_norm/layers.0", "kl/reference", "mismatch/logprob_diff")
     assert [[again[step][name] for name in same] for step in (1, 2, 3)] == [[first[step][name] for name in same] for step in (1, 2, 3)]
+    assert cli.main(["resume", str(tmp_path / "again")]) == 2 and "was made by --replay" in capsys.readouterr().err
     weights = {}
     for name, folder in (("run", run.path), ("again", tmp_path / "again")):
         assert cli.main(["export", str(folder), str(tmp_path / name / "policy"), "--step", "2"]) == 0

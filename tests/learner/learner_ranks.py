@@ -30,6 +30,8 @@ from learner.config import LearnerConfig  # noqa: E402
 PLAIN = LearnerConfig(lr=30.0, adam_eps=1.0, adam_beta1=0.0, weight_decay=0.0, max_grad_norm=0.0, kl_coef=0.1, tokens_per_microbatch=60, threads=1)
 TRAIN = replace(PLAIN, lr=3e-3, adam_eps=1e-6, adam_beta1=0.9, max_grad_norm=0.05, warmup_steps=1, lr_schedule="cosine")
 
+ADAPTERS = replace(TRAIN, lr=0.02, lora_rank=4, lora_alpha=8.0)
+
 
 def samples(seed=0):
     return random_samples(groups=3, completions=3, seed=seed)
@@ -120,6 +122,10 @@ class Scenarios:
                 learner.load(str(folder))
                 metrics = learner.train_step(samples(3))
                 self.results[f"elsewhere{stage}"] = {"steps": learner.steps, **{key: metrics[key] for key in ("loss", "grad_norm", "lr")}}
+        if self.world_size == 1:
+            learner = self.learner(replace(ADAPTERS, zero_stage=3))
+            learner.load(str(self.folder / "adapters3_2"))
+            self.results["adapters elsewhere"] = learner.train_step(samples(3))["loss"]
 
     def left_out(self, stage: int):
         """Between two good steps one whose loss overflows, one whose gradient does, and one whose gradient is too large: as if they had not been."""
@@ -136,7 +142,7 @@ class Scenarios:
 
     def adapters(self, stage: int):
         """Two steps that train adapters only, a checkpoint, a third step; the merged weights as a policy of their own; and the third step again."""
-        config = replace(TRAIN, lr=0.02, lora_rank=4, lora_alpha=8.0, zero_stage=stage)
+        config = replace(ADAPTERS, zero_stage=stage)
         learner, folder = self.learner(config), self.folder / f"adapters{stage}_{self.world_size}"
         metrics = [learner.train_step(samples(seed)) for seed in (1, 2)]
         learner.save(str(folder))

@@ -113,6 +113,9 @@ def test_another_number_of_ranks_goes_on(folder, results, before, now, stage):
     here = json.loads((folder / f"elsewhere_{now}_0.json").read_text())[f"elsewhere{stage}"]
     assert here["steps"] == 3 and here["lr"] == there["lrs"][-1]
     assert here["loss"] == pytest.approx(there["last loss"], abs=1e-5) and here["grad_norm"] == pytest.approx(there["grad_norms"][-1], rel=1e-4)
+    if stage == 3:
+        adapters = json.loads((folder / "elsewhere_1_0.json").read_text())["adapters elsewhere"]
+        assert adapters == pytest.approx(results["2_0"]["adapters"]["losses"][-1], abs=1e-5)
     assert sorted(path.name for path in folder.glob(f"checkpoint{stage}_{before}*") if path.is_dir()) == [f"checkpoint{stage}_{before}", f"checkpoint{stage}_{before}_export"]
 
 
