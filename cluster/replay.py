@@ -60,15 +60,14 @@ def replay(config: RunConfig, folder: RunFolder, paths: Sequence[Path], checkpoi
     located = replace(config, policy=replace(config.policy, path=resolve_path(config.policy.path, "policy.path", allow_hub=True)))
     check_policy(located.policy.path)
     start = None if checkpoint is None else checkpoints.load(checkpoint)
-    pictures = Pictures(located)
-    pictures.check(read_rollouts(files[0]))
-    started_here = join_cluster(config.cluster)
-    try:
-        with closing(pictures):
+    with closing(Pictures(located)) as pictures:
+        pictures.check(files[0])
+        started_here = join_cluster(config.cluster)
+        try:
             asyncio.run(_replay(config, located, folder, files, start, pictures))
-    finally:
-        if started_here:
-            ray.shutdown()
+        finally:
+            if started_here:
+                ray.shutdown()
 
 
 async def _replay(
@@ -117,13 +116,14 @@ class Pictures:
     def close(self) -> None:
         self.decoders.close()
 
-    def check(self, rows: Sequence[RolloutRow]) -> None:
-        """Raises DataError for rollouts of another policy, as far as their first prompt tells."""
-        ours = self.builder.tokenizer(rows[0].prompt_text, add_special_tokens=False)["input_ids"] if rows else []
-        theirs = np.asarray(rows[0].prompt_token_ids) if rows else []
-        pad = self.builder.image_pad_id
-        if [t for t in ours if t != pad] != [t for t in theirs if t != pad]:
+    def check(self, file: Path) -> None:
+        """Raises DataError for rollouts of another policy, as far as their first prompt tells, and where its video is gone: before anything starts."""
+        group = scored_groups(read_rollouts(file), file)[0]
+        text, pad = group[0].prompt_text, self.builder.image_pad_id
+        ours = self.builder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if [t for t in ours if t != pad] != [t for t in group[0].prompt_token_ids if t != pad]:
             raise DataError(f"the rollouts' prompts are not tokenised as {self.builder.model_path} does", "set policy.path to the policy that made them, or to one trained from it")
+        self.samples(group)
 
     def samples(self, group: Sequence[RolloutRow]) -> list[Sample]:
         """A group's samples, which share the prompt's arrays."""
