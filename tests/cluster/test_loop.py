@@ -106,7 +106,7 @@ def test_rollouts_that_cannot_be_replayed_are_refused(run, tmp_path, capsys):
     rows = rollout_log.read_rollouts(file)
     gone = rollout_log.write_rollouts(tmp_path / "gone", 1, [dataclasses.replace(row, video=str(tmp_path / "no_video")) for row in rows])
     other = rollout_log.write_rollouts(tmp_path / "other", 1, [dataclasses.replace(row, prompt_text="something else") for row in rows])
-    for path, said in ((tmp_path / "empty", "no rollouts here"), (gone, "no such folder of frames"), (other, "not tokenised as")):
+    for path, said in ((tmp_path / "empty", "no rollouts here"), (gone, "no such video file, and no folder of frames"), (other, "not tokenised as")):
         assert cli.main(["train", *where, "--replay", str(path)]) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "refused").exists()
     assert cli.main(["train", *where, "--start", str(run.checkpoints)]) == 2
