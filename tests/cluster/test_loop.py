@@ -229,15 +229,15 @@ def test_engines_in_a_run_equal_one_started_from_the_export(ray_session, toy_dat
 
 @pytest.fixture
 def in_training(toy_data, tmp_path):
-    """Starts `videoseg train` in `tmp_path/stopped`, and hands over its process and output once it has finished two steps."""
+    """Starts `videoseg train` in `tmp_path/stopped`, and hands over its process and output once it has finished some steps."""
     processes = []
 
-    def start(*more):
+    def start(*more, steps=2):
         command = [sys.executable, "-m", "cluster.cli", "train", *settings(toy_data, "loop.steps=500", "eval.ends=false", f"run.dir={tmp_path}", "run.name=stopped", "cluster.address=local"), *more]
         environment = os.environ | {"VIDEOSEG_TEST_MARK": str(tmp_path)}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
         processes.append(process)
-        wait_for(process, "step 2/")
+        wait_for(process, f"step {steps}/")
         return process
 
     yield start
@@ -269,18 +269,18 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(in_training, tmp_path):
 
 
 def test_a_second_ctrl_c_leaves_at_once(in_training, tmp_path):
-    """While rollouts that it would wait for are in progress; the last checkpoint, of step 2, is what is left."""
-    process = in_training("loop.grace_seconds=600", "rollout.prompts_per_step=64")
+    """While rollouts that it would wait for are in progress; the last checkpoint, of step 1, is what is left."""
+    process = in_training("loop.grace_seconds=600", "rollout.prompts_per_step=64", "loop.save_every=1", steps=1)
     while not checkpoints.steps(tmp_path / "stopped" / "checkpoints"):
         time.sleep(0.1)
-    time.sleep(1)  # the third step's rollouts take several
+    time.sleep(1)  # the second step's rollouts take several
     os.killpg(process.pid, signal.SIGINT)
     wait_for(process, "SIGINT: stopping")
     os.killpg(process.pid, signal.SIGINT)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped at once" in rest
     checkpoint, rejected = checkpoints.latest(tmp_path / "stopped" / "checkpoints")
-    assert checkpoint.step == 2 and not rejected
+    assert checkpoint.step == 1 and not rejected
     assert_all_gone(tmp_path)
 
 

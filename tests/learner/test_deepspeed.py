@@ -119,7 +119,7 @@ def test_another_number_of_ranks_goes_on(folder, results, before, now, stage):
     assert sorted(path.name for path in folder.glob(f"checkpoint{stage}_{before}*") if path.is_dir()) == [f"checkpoint{stage}_{before}", f"checkpoint{stage}_{before}_export"]
 
 
-@pytest.mark.parametrize("rank,stage", [("1_0", 0), ("1_0", 2), ("2_0", 2), ("2_0", 3)])
+@pytest.mark.parametrize("rank,stage", [("1_0", 0), ("1_0", 2), ("2_0", 3)])
 def test_bad_updates_leave_no_trace(results, rank, stage):
     """Not in the weights and not in AdamW's moments: the next good step is the one that would have come anyway."""
     found = results[rank][f"left out {stage}"]
