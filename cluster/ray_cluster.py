@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 
 from cluster.errors import UserError
 from cluster.sections import ClusterConfig
+
+
+@contextmanager
+def joined_cluster(config: ClusterConfig) -> Iterator[None]:
+    """Inside, a cluster is there; one that was started here ends with it."""
+    started_here = join_cluster(config)
+    try:
+        yield
+    finally:
+        if started_here:
+            ray.shutdown()
 
 
 def join_cluster(config: ClusterConfig) -> bool:

@@ -15,7 +15,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import ray
 
 from learner.batch import Sample
 from learner.policy_check import check_policy
@@ -31,7 +30,7 @@ from cluster.metrics import MetricsWriter
 from cluster.paths import resolve_path
 from cluster.placement import gather, start_actors, stop_actors
 from cluster.progress import Progress
-from cluster.ray_cluster import join_cluster
+from cluster.ray_cluster import joined_cluster
 from cluster.rollout_log import RolloutRow, read_rollouts, rollout_files
 from cluster.rollout_rows import learner_metrics
 from cluster.run_folder import RunFolder
@@ -62,12 +61,8 @@ def replay(config: RunConfig, folder: RunFolder, paths: Sequence[Path], checkpoi
     start = None if checkpoint is None else checkpoints.load(checkpoint)
     with closing(Pictures(located)) as pictures:
         pictures.check(files[0])
-        started_here = join_cluster(config.cluster)
-        try:
+        with joined_cluster(config.cluster):
             asyncio.run(_replay(config, located, folder, files, start, pictures))
-        finally:
-            if started_here:
-                ray.shutdown()
 
 
 async def _replay(

@@ -10,7 +10,6 @@ import time
 from contextlib import closing
 
 import numpy as np
-import ray
 
 from learner.policy_check import check_policy
 from segmentation_service.checkpoint import check_sam2
@@ -22,7 +21,7 @@ from cluster.draws import Draws
 from cluster.errors import CheckpointError, RunFailed
 from cluster.metrics import completion_metrics, left_out_metrics
 from cluster.progress import Progress
-from cluster.ray_cluster import join_cluster
+from cluster.ray_cluster import joined_cluster
 from cluster.rollout_rows import learner_metrics, samples_of, scored_completions
 from cluster.run import Run
 from cluster.run_folder import RunFolder
@@ -42,12 +41,8 @@ def train(config: RunConfig, folder: RunFolder, resume: bool = False) -> None:
     for data in (draws, held_out):
         data.check_videos(config.data.check_seconds)
     check_resumable(checkpoint, draws)
-    started_here = join_cluster(config.cluster)
-    try:
+    with joined_cluster(config.cluster):
         asyncio.run(_train(config, located, folder, draws, held_out, checkpoint))
-    finally:
-        if started_here:
-            ray.shutdown()
 
 
 async def _train(config: RunConfig, located: RunConfig, folder: RunFolder, draws: Draws, held_out: Draws, checkpoint: Checkpoint | None) -> None:

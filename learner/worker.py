@@ -114,7 +114,7 @@ class LearnerWorker:
                 totals = step_totals(self.config, [samples[i] for i in part])
                 for batch, active in self._micro_batches(samples, part, plan, clock):
                     self._accumulate(batch, totals, active, before.get(batch.indices), sums, clock)
-                done.append(self._update(sums["loss"], factor))
+                done.append(self._update(sums.pop("update_loss", torch.zeros((), dtype=torch.float64, device=self.device)), factor))
                 clock.lap("optimizer")
         self.steps += 1
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if any(update.left_out for update in done) else 0
@@ -138,17 +138,17 @@ class LearnerWorker:
             for name, value in token_sums(terms, counted).items():
                 sums[name] += value
             sums["loss"] += loss.detach()
+            sums["update_loss"] += loss.detach()
             sums["tokens"] += counted.sum()
             sums["row_tokens"] += batch.input_ids.numel()
             sums["attention_rows"] += batch.layout.padded_to_packed.numel()
             sums["max_mismatch"] = torch.maximum(sums["max_mismatch"], terms["mismatch_abs"].max().double())
 
     def _update(self, loss: Tensor, factor: float) -> Update:
-        """One optimiser step. All ranks agree on whether the loss is finite before any weight changes."""
-        check = loss.clone()
-        torch.distributed.all_reduce(check)
+        """One optimiser step; `loss` is this update's. All ranks agree on whether it is finite before any weight changes."""
+        torch.distributed.all_reduce(loss)
         self.updates += 1
-        return self.engine.step(factor, bool(torch.isfinite(check)))
+        return self.engine.step(factor, bool(torch.isfinite(loss)))
 
     def _rate_factor(self, minibatches: int) -> float:
         """The learning rate over its peak."""
@@ -276,7 +276,7 @@ class LearnerWorker:
     def _utilisation(self, samples: Sequence[Sample], plans, seconds: float) -> dict[str, float]:
         """Operations a second of one rank, in units of 1e12, and on a known GPU in bfloat16 their share of its peak."""
         batches = [[samples[i].size for i in indices] for plan in plans for share in plan for indices in share]
-        flops = step_flops(self.size, batches, self.reference is not None, self.config.ppo_epochs) / self.world_size
+        flops = step_flops(self.size, batches, self.reference is not None and not self.config.kl_in_reward, self.config.ppo_epochs) / self.world_size
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" and self.dtype == torch.bfloat16 else None
         return {"tflops_per_second": flops / seconds / 1e12} | ({"mfu": flops / seconds / peak} if peak else {})
 

@@ -13,7 +13,7 @@ from tests.conftest import TOY
 @pytest.fixture
 def refused(toy_data, tmp_path, capsys, monkeypatch):
     """Runs `videoseg train` with overrides that must be refused; returns the message."""
-    monkeypatch.setattr("cluster.trainer.join_cluster", None)  # nothing may get as far as starting processes
+    monkeypatch.setattr("cluster.trainer.joined_cluster", None)  # nothing may get as far as starting processes
 
     def run(*overrides):
         status = cli.main(["train", *settings(toy_data, f"run.dir={tmp_path / 'runs'}", *overrides)])

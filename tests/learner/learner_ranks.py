@@ -135,7 +135,11 @@ class Scenarios:
         metrics = [learner.train_step(step) for step in (samples(1), *bad, samples(2))]
         for seed in (1, 2):
             undisturbed.train_step(samples(seed))
+        halves = self.learner(replace(config, minibatches=2))
+        bad_group = [replace(s, advantage=3e38 * s.advantage) if s.group == samples(4)[0].group else s for s in samples(4)]
+        left_out = halves.train_step(bad_group)["updates_left_out"]
         self.results[f"left out {stage}"] = {
+            "of two updates": left_out,
             "in a row": [m["skipped_in_a_row"] for m in metrics], "norms": [m["grad_norm"] for m in metrics],
             "losses": [m["loss"] for m in metrics[1:4]], "equal": self.digest(learner) == self.digest(undisturbed),
         }

@@ -125,6 +125,7 @@ def test_bad_updates_leave_no_trace(results, rank, stage):
     found = results[rank][f"left out {stage}"]
     assert found["in a row"] == [0, 1, 2, 3, 0] and found["equal"]
     assert found["norms"][1] == math.inf and min(found["norms"][2:4]) > 100
+    assert found["of two updates"] == 1, "the bad group's; the other is as good as ever"
     assert not math.isfinite(found["losses"][0]) and math.isfinite(found["losses"][1])
 
 
