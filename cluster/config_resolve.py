@@ -37,7 +37,7 @@ def resolve(config: RunConfig, hardware: Hardware) -> RunConfig:
         dtype = "float32"  # all that the deterministic mode promises anything for
     policy_dtype = _decided(config.policy.dtype, dtype)
     rollout, learner = config.rollout, config.learner
-    shared = rollout.engines * rollout.tensor_parallel <= learner.ranks
+    shared = rollout.tensor_parallel == 1 and rollout.engines <= learner.ranks
     sync = "object_store" if device == "cpu" else "ipc" if shared else "nccl"
     resolved = replace(
         config,

@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError
 from rollout.engine import EngineBroken
 
 from cluster.errors import PartLost, RunFailed
+from cluster.timeline import Timeline
 
 LOST = (RayActorError, EngineBroken, asyncio.TimeoutError)
 
@@ -34,9 +35,11 @@ class Replicas:
         seconds: float,
         restarts: int,
         note: Callable[[str], None],
+        timeline: Timeline,
     ) -> None:
         self.what, self.actors, self.kill, self.start, self.join = what, actors, kill, start, join
         self.seconds, self.restarts, self.note, self.losses = seconds, restarts, note, 0
+        self.timeline = timeline
         self.down: dict[int, asyncio.Task[None]] = {}
         self._heard: dict[Any, float] = {}  # when a call ended last, by actor
 
@@ -50,7 +53,8 @@ class Replicas:
             place = await self._serving(number % len(self.actors), only)
             actor = self.actors[place]
             try:
-                return await self._answer(actor, getattr(actor, method).remote(*arguments))
+                with self.timeline.span(f"{self.what} {place}", method, number=number):
+                    return await self._answer(actor, getattr(actor, method).remote(*arguments))
             except LOST as error:
                 self._lose(place, actor, error)
                 last = error

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Awaitable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -38,6 +38,8 @@ from cluster.replicas import LOST, Replicas, described
 from cluster.rollout_rows import rollout_rows
 from cluster.run_folder import RunFolder
 from cluster.scoring import ScoredGroup, score_group
+from cluster.timeline import FILE as TRACE
+from cluster.timeline import Timeline
 from cluster.weight_sync import OBJECT_STORE, connect, sync_weights
 
 DIFFICULTY = "difficulty.json"  # in a checkpoint
@@ -72,7 +74,8 @@ class Run:
         self.ledger, self.ahead = Ledger(self.folder.path / LEDGER), DrawsAhead(self.draws)
         self.pipeline = Pipeline(loop, self.config.rollout.prompts_per_step, self.ledger, self.ahead, self._begin)
         self.weights = asyncio.Lock()  # held while the learner's weights differ from those of version `step`
-        kill, restarts = self.actors.kill, (loop.max_restarts, self.progress.note)
+        self.timeline = Timeline(self.folder.path / TRACE)
+        kill, restarts = self.actors.kill, (loop.max_restarts, self.progress.note, self.timeline)
         self.engines = Replicas("engine", self.actors.engines, kill, self._start_engine, self._join, loop.group_seconds, *restarts)
         self.segmenters = Replicas("segmenter", self.actors.segmenters, kill, partial(self._started, "segmenter"), None, loop.score_seconds, *restarts)
 
@@ -180,6 +183,11 @@ class Run:
         sampling = self.config.rollout.sampling()
         return replace(sampling, top_logprobs=2) if self.config.reward.needs_uncertainty else sampling
 
+    async def sleep(self) -> None:
+        """Engines give the memory of the GPUs that they share to the learner, where `rollout.sleep` says so. The sync wakes them."""
+        if self.config.rollout.sleep and self.config.cluster.device == "cuda":
+            await gather([engine.sleep.remote(2) for engine in self.engines.up])
+
     async def sync(self, version: int) -> dict[str, float]:
         """All engines that are up serve the learner's weights as `version`. Where one is lost meanwhile, all are started again: a half-loaded one must not serve.
 
@@ -283,10 +291,12 @@ class Run:
     def due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
 
-    def stage(self, name: str) -> AbstractContextManager[Any]:
-        """Times a stage of the step, and shows it."""
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times a stage of the step, shows it, and puts it into the timeline."""
         self.progress.stage(name)
-        return self.times.stage(name)
+        with self.times.stage(name), self.timeline.span("loop", name, version=self.step):
+            yield
 
     def summary(self, seconds: float, after: dict[str, float] | None, stopped: str) -> str:
         """The last line of a run: held-out before and after, or the first and last training steps of a run that was stopped."""
@@ -301,6 +311,7 @@ class Run:
         self.engines.close()
         self.segmenters.close()
         self.metrics.close()
+        self.timeline.write()
         stop_actors(self.actors)
 
 

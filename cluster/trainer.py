@@ -95,6 +95,7 @@ async def learn(run: Run, groups: list[ScoredGroup]) -> None:
     rewards = np.stack([g.rewards for g in kept])
     async with run.weights:
         with run.stage("train"):
+            await run.sleep()
             advantages, learned = await run.learning(update(run.actors.learners, config.learner, rewards, [samples_of(g) for g in kept]))
         with run.stage("sync"):
             synced = await run.sync(step)
@@ -106,6 +107,7 @@ async def learn(run: Run, groups: list[ScoredGroup]) -> None:
         tokens = sum(c.response_tokens for c in completions)
         values = completion_metrics(completions) | left_out_metrics([b.kind for b in run.broken]) | dropped_metrics(run.dropped) | learner_metrics(learned) | synced | run.times.metrics(tokens)
         run.metrics.write(step, values)
+    run.timeline.write()
     if run.online:
         for g in kept:
             run.online.update(g.draw.episode.episode_id, g.success_rate)

@@ -11,7 +11,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from cluster import checkpoints, cli, config, config_resolve, rollout_log, run_folder
+from cluster import checkpoints, cli, config, config_resolve, rollout_log, run_folder, timeline
 from cluster.metrics import read_metrics
 from tests.conftest import TOY
 
@@ -75,6 +75,16 @@ def test_the_metrics_tell_what_happened(run):
         assert {"iou/box", "iou/mask", "kl/reference", "learner/grad_norm", "length/reasoning", "seconds/train", "sync/bytes"} <= r.keys()
     assert steps[0]["kl/reference"] == 0 < steps[2]["kl/reference"]
     assert [r["step"] for r in records if "eval/iou/box" in r] == [0, 1, 2, 3]
+
+
+def test_the_trace_holds_the_stages_and_calls_of_every_step(run):
+    spans = {}
+    for event in timeline.read(run.path / timeline.FILE):
+        spans.setdefault((event["cat"], event["name"]), {}).setdefault(event["id"], {})[event["ph"]] = event
+    assert all(set(span) == {"b", "e"} and span["b"]["ts"] <= span["e"]["ts"] for kind in spans.values() for span in kind.values())
+    versions = {name: sorted({span["b"]["args"]["version"] for span in spans["loop", name].values()}) for track, name in spans if track == "loop"}
+    assert versions["rollout"] == versions["train"] == [0, 1, 2] and versions["log"] == [1, 2, 3] and {"sync", "evaluate", "checkpoint"} <= versions.keys()
+    assert len(spans["engine 0", "generate_in_order"]) == 3 + 4 and len(spans["segmenter 0", "segment_group"]) == 3 * 4 + 4 * 4  # steps and evaluations
 
 
 def test_saved_rollouts_repeat_what_was_learned_without_engines(run, tmp_path, capsys):
