@@ -143,6 +143,29 @@ def show_config(options: argparse.Namespace) -> None:
         print(f"note: `videoseg train` would refuse: {note}", file=sys.stderr)
 
 
+def plan(options: argparse.Namespace) -> None:
+    """Print which process would sit where, with its memory, and what does not fit; nothing is started."""
+    from dataclasses import replace
+
+    from cluster import config, config_resolve, paths
+    from cluster.plan import plan as planned
+
+    recipe, overrides = _recipe_and_overrides(options)
+    node = config_resolve.detect_hardware()
+    given = {"cuda_devices": options.gpus, "cuda_memory_gib": options.gpu_memory, "cores": options.cores, "ram_gib": options.memory}
+    if options.gpus:
+        given["cuda_memory_gib"], node = options.gpu_memory or node.cuda_memory_gib or 80.0, replace(node, cuda_capability=9.0)
+    node = replace(node, **{name: value for name, value in given.items() if value is not None})
+    settings = config_resolve.resolve(config.load(recipe, overrides), node)
+    if (where := paths.local_path(settings.policy.path)) is not None:
+        settings = replace(settings, policy=replace(settings.policy, path=str(where)))
+    found = planned(settings, node, options.nodes)
+    print(f"{options.nodes} x ({node.cores} cores, {node.ram_gib:g} GiB of RAM" + (f", {node.cuda_devices} GPUs of {node.cuda_memory_gib:g} GiB" if node.cuda_devices else "") + ")")
+    print("\n".join(found.lines()))
+    if found.problems:
+        raise UserError(f"{recipe} does not fit there ({len(found.problems)} problems, above)", "change the settings named, or plan for other machines: --nodes, --gpus, --gpu-memory, --cores, --memory")
+
+
 def toy_data(options: argparse.Namespace) -> None:
     """Generate the toy world's videos and episodes."""
     out = Path(options.out)
@@ -340,6 +363,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--plain", action="store_true", help="without the comments")
     command.add_argument("--gpus", type=int, metavar="N", help="as if this machine had N GPUs of 80 GB")
     command.add_argument("--unresolved", action="store_true", help="leave `auto` as it is instead of filling it in for this machine")
+
+    more = "Estimates; docs/cluster.md says how they are made.\n\n" + _SETTINGS_HELP
+    command = _add(commands, "plan", plan, "videoseg plan videoseg_r1_7b --gpus 8 --gpu-memory 80 --cores 64 --memory 512", more)
+    _add_settings(command)
+    command.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the cluster, all alike (default 1)")
+    command.add_argument("--gpus", type=int, metavar="N", help="GPUs of a node (default: as here)")
+    command.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of a GPU (default: as here, else 80)")
+    command.add_argument("--cores", type=int, metavar="N", help="cores of a node (default: as here)")
+    command.add_argument("--memory", type=float, metavar="GIB", help="RAM of a node (default: as here)")
 
     more = "What follows NAME goes to the benchmark; `videoseg bench NAME --help` says what it takes."
     command = _add(commands, "bench", bench, "videoseg bench segmentation --json segmentation.json", more)
