@@ -364,7 +364,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--gpus", type=int, metavar="N", help="as if this machine had N GPUs of 80 GB")
     command.add_argument("--unresolved", action="store_true", help="leave `auto` as it is instead of filling it in for this machine")
 
-    more = "Estimates; docs/cluster.md says how they are made.\n\n" + _SETTINGS_HELP
+    more = "Estimates; docs/plan.md says how they are made.\n\n" + _SETTINGS_HELP
     command = _add(commands, "plan", plan, "videoseg plan videoseg_r1_7b --gpus 8 --gpu-memory 80 --cores 64 --memory 512", more)
     _add_settings(command)
     command.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the cluster, all alike (default 1)")
