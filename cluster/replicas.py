@@ -23,7 +23,8 @@ LOST = (RayActorError, EngineBroken, asyncio.TimeoutError)
 
 class Replicas:
     """`actors` are ready; the list is kept up to date. `kill` ends one that is lost, `start(number)` gives another, ready, in its place, `join` gets it before its
-    first call. A replica of which nothing is heard for `seconds`, though calls wait for it, is taken for hung. After `restarts` losses the next one ends the run."""
+    first call. A replica of which nothing is heard for `seconds`, though calls wait for it, is taken for hung. After `restarts` losses the next one ends the run; whoever
+    sees it make progress sets `losses` back to 0."""
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class Replicas:
         self.losses += 1
         why = described(error, self.seconds)
         if self.losses > self.restarts:
-            raise RunFailed(f"{self.what} {place} is lost, after {self.restarts} others in this run: {why}", "look into its log, or raise loop.max_restarts and resume") from error
+            raise RunFailed(f"{self.what} {place} is lost, after {self.restarts} others since the last checkpoint: {why}", "look into its log, or raise loop.max_restarts and resume") from error
         self.note(f"warning: {self.what} {place} is lost and starts again: {why}")
         self.kill(actor)
 

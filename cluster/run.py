@@ -172,8 +172,8 @@ class Run:
     async def score(self, draw: Draw, completions: list, masks: bool, online: OnlineDifficulty | None) -> ScoredGroup:
         config = self.config
         video = config.reward.needs_video_masks
-        segment = partial(self.segmenters.call, draw.position, "segment_group") if masks or video or config.reward.needs_predicted_masks else None
-        propagate = partial(self.segmenters.call, draw.position, "propagate_group") if video else None
+        segment = partial(self.segmenters.call, draw.position, "segment_group", tries=2) if masks or video or config.reward.needs_predicted_masks else None
+        propagate = partial(self.segmenters.call, draw.position, "propagate_group", tries=2) if video else None
         tokenizer = self.draws.builder.tokenizer
         think_tokens = [len(tokenizer(think_text(c.text), add_special_tokens=False)["input_ids"]) for c in completions]
         return await score_group(draw, completions, think_tokens, config.reward, segment, propagate, config.loop.score_tries, online)
@@ -277,6 +277,7 @@ class Run:
                 raise CheckpointError(f"the checkpoint of step {self.step} cannot be written: {error}", f"make room, then `videoseg resume {self.folder.path}`") from error
             checkpoints.keep_last(self.folder.checkpoints, self.config.loop.keep_checkpoints, protect=(self.best_step(),))
         self.saved = self.step
+        self.engines.losses = self.segmenters.losses = 0  # those before count no more
         self.progress.restart_clock()
 
     def best_step(self) -> int | None:

@@ -163,7 +163,7 @@ def test_a_call_that_kills_whom_it_meets_is_given_up(ray_session):
 def test_restarts_are_bounded(ray_session):
     async def scene():
         async with Started(restarts=1) as s:
-            with pytest.raises(RunFailed, match="worker 0 is lost, after 1 others in this run: ActorDiedError"):
+            with pytest.raises(RunFailed, match="worker 0 is lost, after 1 others since the last checkpoint: ActorDiedError"):
                 await s.replicas.call(0, "die")
 
     asyncio.run(scene())
