@@ -11,7 +11,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from cluster import checkpoints, cli, config, config_resolve, rollout_log, run_folder, timeline
+from cluster import checkpoints, cli, config, config_resolve, ledger, rollout_log, run_folder, timeline
 from cluster.metrics import read_metrics
 from tests.conftest import TOY
 
@@ -168,17 +168,58 @@ def test_the_uncertainty_is_the_policys(run, toy_data):
     assert len(logged) == 3 and 0 < logged[0] < 1 and logged[0] == pytest.approx(np.mean(uncertainties), abs=1e-4)
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one(run, tmp_path):
-    """Resumed from step 2 in the deterministic mode: the same step 3 to the last bit, and then step 4."""
-    from cluster import trainer
+def test_a_resumed_run_repeats_the_uninterrupted_one_and_its_engine_serves_what_it_learned(run, tmp_path):
+    """Resumed from step 2 in the deterministic mode: the same step 3 to the last bit, and then step 4. After its sync, greedy tokens and log-probs are those of an
+    engine that loads the learner's export."""
+    from cluster import config_files, trainer
+    from cluster.draws import Draws
+    from cluster.progress import Progress
+    from cluster.run import Run
+    from rollout.actor import RolloutEngineActor
 
     copy = run_folder.RunFolder(shutil.copytree(run.path, tmp_path / "copy"))
     shutil.rmtree(dict(checkpoints.steps(copy.checkpoints))[3])
     settings, changed = config.load_for_resume(copy.config, ["loop.steps=4"])
     assert changed == {"loop.steps": (3, 4)}
-    trainer.train(config_resolve.resolve(settings, config_resolve.detect_hardware()), copy, resume=True)
+    settings = config_files.locate(config_resolve.resolve(settings, config_resolve.detect_hardware()))
+    draws, held_out = Draws.of_run(settings)
+    exported, greedy = tmp_path / "exported", settings.rollout.sampling().greedy()
+
+    async def answers(engine):
+        done = await engine.generate_in_order.remote([(draw.prompt, 1, greedy, [0]) for draw in held_out.held_out(6)[0]])
+        return [completion for completions in done for completion in completions]
+
+    async def two_steps_and_a_fresh_engine():
+        with Progress(4, 2) as progress:
+            resumed = await Run.start(settings, settings, copy, draws, held_out, checkpoints.latest(copy.checkpoints)[0], progress)
+        try:
+            before = await answers(resumed.actors.engines[0])
+            for _ in range(2):
+                await trainer.learn(resumed, await resumed.collect())
+            await resumed.save()
+            served = await answers(resumed.actors.engines[0])
+            await resumed.actors.learners[0].export.remote(str(exported))
+        finally:
+            resumed.close()
+        engine = RolloutEngineActor.options(num_cpus=1).remote(str(exported), settings.rollout, dtype="float32", device="cpu")
+        try:
+            await engine.ready.remote()
+            return before, served, await answers(engine)
+        finally:
+            await engine.shutdown.remote()
+            ray.kill(engine)
+
+    before, served, fresh = asyncio.run(two_steps_and_a_fresh_engine())
+    draws.close()
+    assert any(not np.array_equal(b.logprobs, s.logprobs) for b, s in zip(before, served))
+    for s, f in zip(served, fresh, strict=True):
+        np.testing.assert_array_equal(s.token_ids, f.token_ids)
+        np.testing.assert_array_equal(s.logprobs, f.logprobs)
+
     checkpoint, _ = checkpoints.latest(copy.checkpoints)
-    assert checkpoint.step == 4 and checkpoint.manifest["position"] == 16
+    assert checkpoint.step == 4 and checkpoint.manifest["position"] == 16 and checkpoint.manifest["unfinished"] == []
+    assert ledger.check(copy.path / ledger.FILE, 16) == {"trained": 16}
+    assert [line["group"] for line in ledger.read(copy.path / ledger.FILE) if line.get("rolled_back")] == [8, 9, 10, 11]
     before, after = (json.loads((folder / "difficulty.json").read_text())["rates"] for folder in (dict(checkpoints.steps(run.checkpoints))[3], checkpoint.path))
     assert before.items() < after.items() or len(after) < 16  # nothing forgotten; fewer than 16 episodes if one came again
 
@@ -189,47 +230,3 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(run, tmp_path):
     assert rows == rows_again
     groups = [set(rollout_log.read_columns(f, ["group"])["group"]) for _, f in rollout_log.rollout_files(copy.rollouts)]
     assert groups == [{0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10, 11}, {12, 13, 14, 15}]
-
-
-def test_engines_in_a_run_equal_one_started_from_the_export(ray_session, toy_data, tmp_path):
-    """After an update and its sync, greedy tokens and log-probs are those of an engine that loads the learner's export."""
-    from cluster import trainer
-    from cluster.draws import Draws
-    from cluster.progress import Progress
-    from cluster.run import Run
-    from rollout.actor import RolloutEngineActor
-
-    settings = resolved(toy_data, "eval.episodes=6", "learner.lr=1e-3", "learner.kl_in=reward", "difficulty.source=online")
-    draws, held_out = Draws.of_run(settings)
-    greedy = settings.rollout.sampling().greedy()
-    exported = tmp_path / "exported"
-
-    async def answers(engine):
-        done = await engine.generate_in_order.remote([(draw.prompt, 1, greedy, [0]) for draw in held_out.held_out(6)[0]])
-        return [completion for completions in done for completion in completions]
-
-    async def served_and_fresh():
-        with Progress(1, 0) as progress:
-            run = await Run.start(settings, settings, run_folder.plan(tmp_path, "one", "debug"), draws, held_out, None, progress)
-        try:
-            before = await answers(run.actors.engines[0])
-            groups = await run.collect()
-            assert all(g.difficulty == 10 - 9 * np.mean(np.array(g.box_ious) > 0.5) for g in groups)  # online, seen for the first time
-            await trainer.learn(run, groups)
-            served = await answers(run.actors.engines[0])
-            await run.actors.learners[0].export.remote(str(exported))
-        finally:
-            run.close()
-        engine = RolloutEngineActor.options(num_cpus=1).remote(str(exported), settings.rollout, dtype="float32", device="cpu")
-        try:
-            await engine.ready.remote()
-            return before, served, await answers(engine)
-        finally:
-            await engine.shutdown.remote()
-            ray.kill(engine)
-
-    before, served, fresh = asyncio.run(served_and_fresh())
-    assert any(not np.array_equal(b.logprobs, s.logprobs) for b, s in zip(before, served))
-    for s, f in zip(served, fresh, strict=True):
-        np.testing.assert_array_equal(s.token_ids, f.token_ids)
-        np.testing.assert_array_equal(s.logprobs, f.logprobs)
