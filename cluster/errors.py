@@ -17,8 +17,10 @@ class UserError(Exception):
     """Something that the person who started the command can put right.
 
     `message` names the value at fault, `remedy` says what to do about it. Both survive pickling, so the error may
-    cross a process boundary.
+    cross a process boundary. `status` is the command's exit status.
     """
+
+    status = 2
 
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message, remedy)
@@ -51,6 +53,12 @@ class DataError(UserError):
 
 class RunFailed(UserError):
     """The run went wrong in a way that has a known cause (too many failed scores, mismatch past its limit)."""
+
+
+class SomeWithoutMask(UserError):
+    """`videoseg segment` has done what it could, but not every query got a mask."""
+
+    status = 3
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
