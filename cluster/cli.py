@@ -1,7 +1,7 @@
 """The command `videoseg`: parses the command line, reads and checks the configuration, starts what was asked for.
 
-Exit status: 0 done, 2 for an error that the person can mend (one message), 1 for any other (with its traceback), 130 after
-Ctrl-C. Everything heavy is imported inside the commands, so that `--help` answers at once.
+Exit status: 0 done, 2 for an error that the person can mend (one message), 3 where `segment` left a query without a mask, 1 for
+any other error (with its traceback), 130 after Ctrl-C. Everything heavy is imported inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {message}", file=sys.stderr)
         if remedy:
             print(f"remedy: {remedy}", file=sys.stderr)
-        return 2
+        return getattr(error, "status", 2)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -106,7 +106,7 @@ def resume(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write a run's policy as a Hugging Face folder, which transformers and vLLM load."""
-    from cluster import checkpoints, config, paths, run_folder
+    from cluster import checkpoints, config, policies, run_folder
 
     folder = run_folder.find(options.run)
     settings = config.load(folder.config)
@@ -114,13 +114,31 @@ def export(options: argparse.Namespace) -> None:
         checkpoint = checkpoints.latest(folder.checkpoints)[0]
     else:
         checkpoint = checkpoints.load(folder.checkpoints / checkpoints.checkpoint_name(options.step))
-    if Path(options.out).exists():
-        raise UserError(f"there is already something at {options.out}", "give a folder that does not exist yet")
-    policy = paths.resolve_path(settings.policy.path, "policy.path", allow_hub=True)
-    from learner.checkpoint import export_checkpoint
-
-    export_checkpoint(checkpoint.path / "learner", settings.learner, policy, options.out)
+    policies.export_checkpoint(checkpoint.path, settings, Path(options.out))
     print(f"{options.out}: the policy of {folder.path} after step {checkpoint.step}; use it as policy.path, or load it with transformers or vLLM")
+
+
+def segment(options: argparse.Namespace) -> None:
+    """Segment what queries refer to, in a video or in all videos of a folder: masks, a video of them, and the policy's reasoning."""
+    import re
+
+    setting = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=")  # a dot before the equals sign, so that a query may hold one
+    settings, words = ([w for w in options.words if bool(setting.match(w)) == which] for which in (True, False))
+    if not options.batch and len(words) < 2:
+        raise UserError("a video and a query are needed" if words else "no video is given", 'write: videoseg segment clip.mp4 "the red car" --out OUT')
+    from cluster import segment as segmenting
+    from cluster.policies import find_policy
+
+    if options.batch:
+        videos, queries = segmenting.find_videos(Path(options.batch)), words
+    else:
+        videos, queries = [Path(words[0]).expanduser()], words[1:]
+    of_sampler = [s.removeprefix("sampler.") for s in settings if s.startswith("sampler.")]
+    sampling = segmenting.Sampling.of(options.sampler, of_sampler)
+    policy = find_policy(options.policy, options.config, [s for s in settings if not s.startswith("sampler.")])
+    outputs = segmenting.Outputs(png=not options.rle, rle=options.rle, overlay=not options.no_overlay)
+    statuses = segmenting.segment_videos(policy, videos, queries, Path(options.out), sampling, outputs, options.fps)
+    print(segmenting.summary(Path(options.out), statuses))
 
 
 def show_config(options: argparse.Namespace) -> None:
@@ -321,10 +339,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Settings may also stand behind options, where argparse takes no more of them."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and not (hasattr(options, "settings") and all("=" in r and not r.startswith("-") for r in rest)):
+    words = getattr(options, "words", None)  # queries, which may stand there too
+    if rest and (any(r.startswith("-") for r in rest) or words is None and not (hasattr(options, "settings") and all("=" in r for r in rest))):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.settings += rest
+        (options.settings if words is None else words).extend(rest)
     return options
 
 
@@ -357,6 +376,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", metavar="RUN", help="run folder, or its name below runs/ (also: latest)")
     command.add_argument("out", metavar="OUT", help="folder to make")
     command.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
+
+    rule = (
+        "Writes OUT/<video>/<query>/: masks/NNNNN.png (0 background, k object k), overlay.mp4, answer.json. Run it again after an\n"
+        "interruption: what is finished is skipped. Exit status 3: some query got no mask. Settings are those of `videoseg train`;\n"
+        "those that count are in the sections prompt, rollout and segmentation, and sampler.KEY=VALUE for --sampler htfs. docs/segment.md"
+    )
+    command = _add(commands, "segment", segment, 'videoseg segment clip.mp4 "the red circle" "the largest shape" --out masks', rule)
+    command.usage = "videoseg segment VIDEO QUERY [QUERY ...] --out OUT [key=value ...] [options]"
+    command.add_argument("words", metavar="VIDEO QUERY", nargs="*", help="video file or folder of images, and queries; key=value changes a setting")
+    command.add_argument("--out", required=True, metavar="OUT", help="folder for the results")
+    command.add_argument("--batch", metavar="FOLDER", help="every video of a folder, in place of VIDEO")
+    command.add_argument("--policy", metavar="CKPT", help="a run or its checkpoint, an export, a Hugging Face folder, a hub id (default: the toy policy)")
+    command.add_argument("--config", metavar="CONFIG", help="recipe or YAML file of settings (default: those of the run or export; videoseg_r1_7b; without --policy debug)")
+    command.add_argument("--sampler", default="middle", metavar="NAME", help="target frame: middle (default), first, htfs, or a YAML file of `videoseg sample-frames`")
+    command.add_argument("--rle", action="store_true", help="masks.json of COCO RLEs in place of the PNGs")
+    command.add_argument("--no-overlay", action="store_true", help="write no overlay.mp4")
+    command.add_argument("--fps", type=float, default=24.0, metavar="N", help="frames a second of a folder of images (default 24)")
 
     command = _add(commands, "config", show_config, "videoseg config videoseg_r1_7b learner.zero_stage=2", _SETTINGS_HELP)
     _add_settings(command)

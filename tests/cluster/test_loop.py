@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from cluster import checkpoints, cli, config, config_resolve, ledger, rollout_log, run_folder, timeline
 from cluster.metrics import read_metrics
+from cluster.policies import find_policy
 from tests.conftest import TOY
 
 SMALL = [
@@ -104,6 +105,26 @@ def test_saved_rollouts_repeat_what_was_learned_without_engines(run, tmp_path, c
     start = load_file(TOY / "policy" / "model.safetensors")
     assert weights["run"].keys() == start.keys() and any(not torch.equal(weights["run"][n], start[n]) for n in start)
     assert all(torch.equal(weights["run"][n], weights["again"][n]) for n in start)
+
+
+def test_a_run_its_checkpoints_and_its_exports_can_be_asked(run, tmp_path, monkeypatch):
+    """Each stands for the same weights, and brings the prompt that it was trained with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/latest").symlink_to(run.path)
+    assert cli.main(["export", str(run.path), str(tmp_path / "out"), "--step", "2"]) == 0
+    newest, second, exported = find_policy("latest"), find_policy(str(run.checkpoints / "step_000002")), find_policy(str(tmp_path / "out"))
+    assert [p.name for p in (newest, second, exported)] == [f"{run.path}/checkpoints/step_000003", f"{run.path}/checkpoints/step_000002", f"{tmp_path}/out"]
+    trained = config.load(run.config)
+    for policy in (newest, second, exported):
+        assert policy.settings.prompt == trained.prompt and policy.settings.segmentation.propagation.size == trained.segmentation.propagation.size
+    weights = []
+    for policy in (newest, second, exported):
+        with policy.loadable() as folder:
+            weights.append(load_file(f"{folder}/model.safetensors"))
+        assert os.path.exists(folder) == (policy is exported)
+    assert all(torch.equal(weights[1][n], weights[2][n]) for n in weights[2]) and any(not torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+    assert find_policy("latest", "debug").settings.prompt == config.load("debug").prompt
 
 
 def test_rollouts_that_cannot_be_replayed_are_refused(run, tmp_path, capsys):
