@@ -26,7 +26,7 @@ from cluster.errors import SomeWithoutMask, UserError
 from cluster.inference import FOLDER_FPS, MASKED, Answered, Inference, check_tracking, default_sampler, query_episode
 from cluster.policies import Policy
 from cluster.progress import duration
-from cluster.sample_frames import SampleFramesConfig, load_settings, sampler_for
+from cluster.sample_frames import SampleFramesConfig, fallbacks_line, load_settings, sampler_for
 from cluster.segment_output import Outputs, QueryFolder, answer_record, finished, folder_name, write_without_masks
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv")
@@ -60,7 +60,7 @@ class Sampling:
             return cls(given)
         if given != "htfs" and not Path(given).is_file():
             raise UserError(f"there is no sampler {given!r}", f"choose one of {', '.join(BASELINES)}, htfs, or give a YAML file of `videoseg sample-frames`")
-        return cls("htfs", load_settings(None if given == "htfs" else given, [*overrides, "sampler=htfs"]))
+        return cls("htfs", load_settings(None if given == "htfs" else given, ["rollout.log_level=ERROR", *overrides, "sampler=htfs"]))
 
     @contextmanager
     def sampler(self, policy: Policy) -> Iterator[FrameSampler]:
@@ -211,6 +211,8 @@ def _choose_frames(policy: Policy, sampling: Sampling, episodes: dict[Query, Epi
         chosen = dict(zip(episodes, _samples(sampler, list(episodes.values())), strict=True))
     for query in [q for q, sample in chosen.items() if isinstance(sample, VideoError)]:
         report.without_masks(query, Answered(episodes[query], None, "unreadable", error=str(chosen.pop(query))))
+    if sampling.settings is not None:
+        report.note(fallbacks_line(sum((Counter(sample.fallbacks) for sample in chosen.values()), Counter())))
     return chosen
 
 

@@ -156,6 +156,7 @@ def answer_record(answered: Answered, policy: str, settings: str, masks_NHW: np.
         "target_frame": None if sample is None else sample.target_frame,
         "shown_frames": None if sample is None else sample.shown,
         "key_segment": None if sample is None else list(sample.segment),
+        "fallbacks": {} if sample is None else dict(sample.fallbacks),
         "num_frames": episode.num_frames,
         "height": episode.height,
         "width": episode.width,
