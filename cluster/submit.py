@@ -8,6 +8,7 @@ and must lead to the same files on every node (docs/cluster.md).
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import shlex
@@ -178,6 +179,7 @@ def connect(address: str) -> Any:
         socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=10).close()
     except OSError as error:
         raise UserError(f"no Ray cluster answers at {address}: {error}", elsewhere) from error
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it tells of every stream that ends
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray lets its environment variables win over the argument
     try:
         return JobSubmissionClient(address)
@@ -188,10 +190,14 @@ def connect(address: str) -> Any:
         raise UserError(f"what answers at {address} is not Ray's job server: {error}", elsewhere) from error
 
 
-def _send(client: Any, job: Job) -> None:
+def _send(client: Any, job: Job, tries: int = 5) -> None:
+    """Submit the job. A cluster that has only just started is asked again: its job server waits half a minute for its agent before it gives up."""
     try:
         client.submit_job(entrypoint=job.entrypoint, submission_id=job.id, runtime_env=job.runtime_env, metadata={"run": str(job.run)})
     except RuntimeError as error:
+        if "No available agent" in str(error) and tries > 1:
+            print("note: the cluster is not ready for jobs yet; asking again", flush=True)
+            return _send(client, job, tries - 1)
         if "already exists" in str(error):
             raise UserError(f"the cluster has, or had, a job named {job.id}", "give another with --name") from error
         raise UserError(f"the cluster refuses the job: {error}", "see the head node's logs") from error

@@ -11,7 +11,9 @@ export RAY_AUTH_MODE=token
 venv=$(cd "$(dirname "$0")/../.." && pwd)/.venv/bin
 [ ! -d "$venv" ] || export PATH=$venv:$PATH # jobs find `videoseg` by it
 
-common=(--block --disable-usage-stats)
+# Fixed ports: for a firewall's rules, and because Ray gives its agents 15 seconds to name the ports that they chose, too few on a slow disk.
+common=(--block --disable-usage-stats --node-manager-port=52360 --object-manager-port=52361 --dashboard-agent-grpc-port=52362
+    --runtime-env-agent-port=52363 --metrics-export-port=52364 --dashboard-agent-listen-port=52365)
 case ${1:-} in
     head)
         address=${2:?the address of this machine is missing}
