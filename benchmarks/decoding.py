@@ -1,7 +1,7 @@
 """Frames per second of reading video files: one after another, in random order, and once more; ours beside readers that the field uses.
 
-    python -m benchmarks.decoding --json docs/decoding-benchmark.json          # decord, OpenCV and torchcodec, those that are installed
-    python -m benchmarks.decoding --only soak                                  # 2,000 random reads: do memory and file handles grow?
+    videoseg bench decoding --json docs/decoding-benchmark.json          # decord, OpenCV and torchcodec, those that are installed
+    videoseg bench decoding --only soak                                  # 2,000 random reads: do memory and file handles grow?
 
 Clips are made for the occasion: a picture that moves, 120 frames of 360x640, in each codec. Which frame a reader gave is told by
 comparing it with all frames of the clip.
@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from benchmarks.side_by_side import in_turns, machine, publish
+from side_by_side import in_turns, machine, publish
 from rollout.decoding import Decoders
 from segmentation_service.video_file import VideoFile
 

@@ -1,6 +1,6 @@
 """How OpenMP's threads wait for each other, and what it costs a learner's step: idle, and beside one process that is busy.
 
-    python -m benchmarks.openmp_waiting --json openmp-waiting.json
+    videoseg bench openmp_waiting --json openmp-waiting.json
 
 The setting is read when a process starts, so each candidate is a process of its own that is told when to run; they take turns.
 """
@@ -14,7 +14,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.side_by_side import in_turns, machine, publish, ratio
+from side_by_side import in_turns, machine, publish, ratio
 
 SETTINGS = {
     "default": {},

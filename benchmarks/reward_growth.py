@@ -186,25 +186,35 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def completions(rounds: int, largest: int = 1024) -> dict:
-    """64 completions of 8 objects are the size that the service promises to score in 5 ms."""
+    """64 completions of 8 objects are the size that the service promises to score in 5 ms. All presets take turns, as a machine's speed comes and goes."""
     sizes = [n for n in (16, 32, 64, 128, 256, 512, 1024) if n <= largest]
+    runs = {name: group_scorer(name, sizes[-1]) for name in FORMULAS}
+    seconds = {(name, n): [] for name in runs for n in sizes}
+    for _ in range(rounds):
+        for name, n in seconds:
+            seconds[name, n].append(cpu_seconds(lambda: runs[name](n), 1))
     result = {}
-    for name in FORMULAS:
-        config, truth = without_masks(name), target_of_8()
-        given = [answer(name, np.random.default_rng(n)) for n in range(sizes[-1])]
-        if name in ("seg_zero", "pixelthink"):
-            truth = Target(truth.image_size, truth.boxes[:1], [[truth.points[0][0], truth.boxes[0][:2]]])
-        run = lambda n: score_group(given[:n], truth, config, 4.0, lengths=[30] * n)
-        run(1)
-        seconds = [cpu_seconds(lambda: run(n), rounds) for n in sizes]
-        scores = run(64)
+    for name, run in runs.items():
+        fastest = [min(seconds[name, n]) for n in sizes]
         result[name] = {
-            "exponent": round(exponent(sizes, seconds), 3),
-            "milliseconds": {str(n): round(1000 * t, 3) for n, t in zip(sizes, seconds)},
-            "distinct_totals_of_64": len({s.total for s in scores}),
+            "exponent": round(exponent(sizes, fastest), 3),
+            "milliseconds": {str(n): round(1000 * t, 3) for n, t in zip(sizes, fastest)},
+            "median_milliseconds_of_64": round(1000 * float(np.median(seconds[name, 64])), 3),
+            "distinct_totals_of_64": len({s.total for s in run(64)}),
         }
         print(f"  {name}: {result[name]['milliseconds']['64']} ms for 64, exponent {result[name]['exponent']}", file=sys.stderr, flush=True)
     return {"rounds": rounds, "of": result}
+
+
+def group_scorer(name: str, most: int) -> Callable[[int], list]:
+    """Scores the first so many of `most` completions."""
+    config, truth = without_masks(name), target_of_8()
+    given = [answer(name, np.random.default_rng(n)) for n in range(most)]
+    if name in ("seg_zero", "pixelthink"):
+        truth = Target(truth.image_size, truth.boxes[:1], [[truth.points[0][0], truth.boxes[0][:2]]])
+    run = lambda n: score_group(given[:n], truth, config, 4.0, lengths=[30] * n)
+    run(1)
+    return run
 
 
 def target_of_8() -> Target:
@@ -241,13 +251,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file to write; without it the JSON goes to the screen")
     parser.add_argument("--only", nargs="+", choices=list(QUESTIONS), help="these questions only")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each; the fastest counts")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each text, five times as many of each group; the fastest counts")
     parser.add_argument("--largest", type=int, default=2**20, help="characters of the longest texts")
     args = parser.parse_args()
     record = {"machine": machine(1)}
     gc.disable()
     for name in args.only or QUESTIONS:
-        record[name] = text(args.rounds, args.largest) if name == "text" else completions(args.rounds)
+        record[name] = text(args.rounds, args.largest) if name == "text" else completions(5 * args.rounds)
     publish(record, args.json)
 
 

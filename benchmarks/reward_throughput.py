@@ -1,6 +1,6 @@
 """What the served reward service takes: requests and completions a second, in this process, by HTTP, and through Ray Serve. Prints JSON.
 
-    python -m benchmarks.reward_throughput --through local http handle served --batch 1 8 64 256 --clients 1 8 --replicas 2
+    videoseg bench reward_throughput --through local http handle served --batch 1 8 64 256 --clients 1 8 --replicas 2
 
     local   the plain class in this process                    http    the HTTP server in front of it, one process
     handle  the replicas' handle                               served  the HTTP server in front of the replicas, as `videoseg serve reward` has it

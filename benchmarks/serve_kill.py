@@ -1,6 +1,6 @@
 """The served segmentation under fire: a replica killed in the middle of many mixed requests, and more clients than it can take. Prints JSON.
 
-    python -m benchmarks.serve_kill --requests 1000 --clients 200 [--propagation XMem.pth]
+    videoseg bench serve_kill --requests 1000 --clients 200 [--propagation XMem.pth]
 """
 
 from __future__ import annotations

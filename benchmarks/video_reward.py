@@ -1,6 +1,6 @@
 """What a group's reward costs with accuracy_iou=mask and =video: toy models, one thread, seconds of that thread's CPU time.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.video_reward --answers 8 --frames 24 --rounds 10
+    OMP_NUM_THREADS=1 videoseg bench video_reward --answers 8 --frames 24 --rounds 10
 """
 
 from __future__ import annotations

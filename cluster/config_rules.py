@@ -20,6 +20,9 @@ _MAY_CHANGE = (
     "loop.keep_checkpoints",
     "loop.keep_best",
     "loop.grace_seconds",
+    "loop.max_restarts",
+    "loop.group_seconds",
+    "loop.learn_seconds",
     "loop.score_seconds",
     "loop.score_tries",
     "loop.max_failure_rate",
@@ -117,6 +120,24 @@ def combination_problems(config: RunConfig) -> list[Problem]:
         "loop.deterministic",
         "is promised for float32 only",
         "set policy.dtype, learner.dtype and segmentation.dtype to float32 (or auto on a CPU), or loop.deterministic=false",
+    )
+    refuse(
+        loop.deterministic and (loop.max_staleness > 0 or loop.wait_for < 1),
+        "loop.deterministic",
+        f"is promised for synchronous steps that wait for all groups, not with loop.max_staleness={loop.max_staleness}, loop.wait_for={loop.wait_for:g}",
+        "set loop.max_staleness=0 and loop.wait_for=1, or loop.deterministic=false",
+    )
+    refuse(
+        loop.group_seconds <= rollout.sync_timeout_seconds,
+        "loop.group_seconds",
+        f"{loop.group_seconds:g} is not above rollout.sync_timeout_seconds={rollout.sync_timeout_seconds:g}, for which an engine may pause in the middle of a group",
+        "raise it, or lower rollout.sync_timeout_seconds",
+    )
+    refuse(
+        loop.late_groups == "next_step" and loop.max_staleness == 0,
+        "loop.late_groups",
+        "is next_step, in which late groups are one update behind, but loop.max_staleness=0 allows none",
+        "set loop.max_staleness=1, or loop.late_groups=drop",
     )
     refuse(
         config.reward.weights.video_iou > 0,

@@ -193,14 +193,14 @@ class Draws:
 
     def train(self, position: int) -> Draw:
         """The draw at a position of the endless stream, in which every epoch of a data set is a new permutation."""
-        return self.batch(position, 1)[0]
+        return self.batch([position])[0]
 
-    def batch(self, start: int, count: int) -> list[Draw]:
-        """The draws at `count` positions from `start`; their frames are decoded side by side.
+    def batch(self, positions: Sequence[int]) -> list[Draw]:
+        """The draws at `positions`; their frames are decoded side by side.
 
         An episode with a broken video, or a prompt that is too long, is replaced by a random one. Raises DataError where substitutes are broken again and again.
         """
-        asked = [self._ask(p, self.episodes[self.episodes.at(p)]) for p in range(start, start + count)]
+        asked = [self._ask(p, self.episodes[self.episodes.at(p)]) for p in positions]
         return [self._with_substitutes(first) for first in asked]
 
     def held_out(self, count: int) -> tuple[list[Draw], list[BrokenEpisode]]:

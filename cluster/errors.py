@@ -53,6 +53,10 @@ class RunFailed(UserError):
     """The run went wrong in a way that has a known cause (too many failed scores, mismatch past its limit)."""
 
 
+class PartLost(RunFailed):
+    """A part of the run died or hangs, and the others cannot go on without it; the run can, from its last checkpoint."""
+
+
 def causes(error: BaseException) -> Iterator[BaseException]:
     """The error, then what it was raised from, each once. What was merely being handled meanwhile is not a cause."""
     seen: set[int] = set()

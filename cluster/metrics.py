@@ -7,6 +7,7 @@ Names (a `*` stands for a term, stage, class or service):
     length/factor length/factor/{easy,medium,hard} length/penalised_fraction
     difficulty/mean difficulty/success_rate              length/uncertainty
     answers/invalid_fraction                             groups/zero_variance_fraction groups/used groups/dropped
+    groups/dropped/{late,zero_variance}
     kl/reference                                         mismatch/{kl,logprob_diff,prob_error,largest}
     clip/low_fraction clip/high_fraction                 learner/grad_norm learner/loss learner/lr
     tokens/prompt tokens/response tokens/per_second      seconds/* seconds/step
@@ -33,6 +34,7 @@ import numpy as np
 
 from cluster.checkpoints import flush_to_disk
 from cluster.errors import DataError
+from cluster.ledger import Final
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,11 @@ def left_out_metrics(kinds: Sequence[str]) -> dict[str, float]:
     too_long = counts.pop("too_long", 0)
     by_kind = {f"failures/video/{kind}": float(count) for kind, count in sorted(counts.items())}
     return {"failures/too_long": float(too_long), "failures/video": float(counts.total())} | by_kind
+
+
+def dropped_metrics(dropped: Sequence[Final]) -> dict[str, float]:
+    """How many groups were begun and dropped before an update could get them, for each reason."""
+    return {f"groups/dropped/{reason.replace(' ', '_')}": float(count) for reason, count in sorted(Counter(f.reason for f in dropped if ":" not in f.reason).items())}
 
 
 def best_step(path: str | Path, name: str) -> int | None:

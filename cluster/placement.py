@@ -7,13 +7,17 @@ The sizes come from the configuration, so a laptop and a node of GPUs differ in 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from learner.actor import LearnerActor
 from rollout.actor import RolloutEngineActor
@@ -30,12 +34,33 @@ ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
 
 @dataclass(frozen=True)
 class Actors:
-    """Handles of all parts of a run."""
+    """Handles of all parts of a run. `new(role, number)` starts an actor in the place of one that is gone."""
 
     group: PlacementGroup
-    engines: tuple[Any, ...]
-    segmenters: tuple[Any, ...]
-    learners: tuple[Any, ...]
+    new: Callable[[str, int], Any]
+    engines: list[Any]
+    segmenters: list[Any]
+    learners: list[Any]
+    processes: dict[Any, tuple[str, int]] = field(default_factory=dict)  # of an actor, by its id: node and process id
+
+    async def find_processes(self, actors: Sequence[Any]) -> None:
+        """Notes where actors run, for `kill`."""
+        where = lambda actor: (ray.get_runtime_context().get_node_id(), os.getpid())
+        for actor, process in zip(actors, await gather([actor.__ray_call__.remote(where) for actor in actors])):
+            self.processes[actor._ray_actor_id] = process
+
+    def kill(self, actor: Any) -> None:
+        """Ends an actor at once, also one whose process is stopped or stuck, which ray.kill only asks to end itself."""
+        ray.kill(actor)
+        if process := self.processes.get(actor._ray_actor_id):
+            node, pid = process
+            _end_process.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(pid)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _end_process(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 ROLES = ("engine", "segmenter", "learner")
@@ -67,17 +92,14 @@ async def start_actors(config: RunConfig, banned_token_ids: Sequence[int], roles
             "free it, or ask for fewer engines, segmenters and ranks",
         ) from error
 
-    def place(role: str) -> list[dict[str, Any]]:
-        return [
-            dict(
-                num_cpus=resources["CPU"],
-                num_gpus=resources.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
-                runtime_env={"env_vars": ENVIRONMENT},
-            )
-            for i, (r, resources) in enumerate(wanted)
-            if r == role
-        ]
+    def options(role: str, number: int) -> dict[str, Any]:
+        index = [i for i, (r, _) in enumerate(wanted) if r == role][number]
+        return dict(
+            num_cpus=wanted[index][1]["CPU"],
+            num_gpus=wanted[index][1].get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+            runtime_env={"env_vars": ENVIRONMENT},
+        )
 
     learner_arguments = dict(
         config=config.learner,
@@ -93,12 +115,15 @@ async def start_actors(config: RunConfig, banned_token_ids: Sequence[int], roles
         seed=config.run.seed,
         shares_gpu_with_learner=config.rollout.weight_sync == "ipc",
     )
-    actors = Actors(
-        group,
-        engines=tuple(RolloutEngineActor.options(**o).remote(config.policy.path, config.rollout, **engine_options) for o in place("engine")),
-        segmenters=tuple(SegmenterActor.options(**o).remote(config.segmentation) for o in place("segmenter")),
-        learners=tuple(ray.remote(LearnerActor).options(**o).remote() for o in place("learner")),
-    )
+
+    def new(role: str, number: int) -> Any:
+        placed = options(role, number)
+        if role == "engine":
+            return RolloutEngineActor.options(**placed).remote(config.policy.path, config.rollout, **engine_options)
+        return SegmenterActor.options(**placed).remote(config.segmentation) if role == "segmenter" else ray.remote(LearnerActor).options(**placed).remote()
+
+    count = Counter(role for role, _ in wanted)
+    actors = Actors(group, new, *([new(role, number) for number in range(count[role])] for role in ROLES))
     try:
         return await asyncio.wait_for(_ready(actors, learner_arguments), limit)
     except BaseException as error:
@@ -115,6 +140,7 @@ async def _ready(actors: Actors, learner_arguments: dict[str, Any]) -> Actors:
         for rank, learner in enumerate(actors.learners)
     ]
     await gather([*(e.ready.remote() for e in actors.engines), *(s.ready.remote() for s in actors.segmenters), *ranks])
+    await actors.find_processes([*actors.engines, *actors.segmenters, *actors.learners])
     return actors
 
 

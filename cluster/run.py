@@ -1,15 +1,21 @@
-"""A run in progress: its parts and its state, started, asked for rollouts and evaluations, saved and closed."""
+"""A run in progress: its parts and its state, started, asked for rollouts and evaluations, saved and closed.
+
+Engines and segmenters that are lost are started again (`cluster.replicas`). Where a learner is lost, whatever waits for it raises PartLost, after which
+`cluster.trainer` starts the run again from its last checkpoint.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
+from ray.exceptions import RayError
 
 from reward_service import think_text
 from reward_service.difficulty import OnlineDifficulty
@@ -20,22 +26,29 @@ from cluster import checkpoints, rollout_log
 from cluster.checkpoints import Checkpoint
 from cluster.config import RunConfig
 from cluster.draws import SUBSTITUTES, BrokenEpisode, Draw, Draws
-from cluster.errors import RunFailed
+from cluster.errors import CheckpointError, PartLost, RunFailed, causes
 from cluster.evaluation import held_out_metrics
+from cluster.ledger import FILE as LEDGER
+from cluster.ledger import Final, Ledger
 from cluster.metrics import MetricsWriter, StageTimes, best_step, left_out_metrics, read_metrics
+from cluster.pipeline import DrawsAhead, Pipeline
 from cluster.placement import ROLES, Actors, gather, start_actors, stop_actors
 from cluster.progress import Progress, first_and_last, summary_line
+from cluster.replicas import LOST, Replicas, described
 from cluster.rollout_rows import rollout_rows
 from cluster.run_folder import RunFolder
 from cluster.scoring import ScoredGroup, score_group
-from cluster.weight_sync import connect, sync_weights
+from cluster.weight_sync import OBJECT_STORE, connect, sync_weights
 
 DIFFICULTY = "difficulty.json"  # in a checkpoint
+ALIVE_SECONDS = 60.0  # within which a learner that has nothing to do must answer
+
+T = TypeVar("T")
 
 
 @dataclass
 class Run:
-    """The parts of a run, and what a checkpoint holds besides the learner: `step`, `position`, `before` and `online`."""
+    """The parts of a run, and what a checkpoint holds besides the learner: `step`, `ledger`, `before` and `online`."""
 
     config: RunConfig
     folder: RunFolder
@@ -44,16 +57,24 @@ class Run:
     held_out: Draws
     metrics: MetricsWriter
     progress: Progress
-    processor: str  # fingerprint of the image processor
+    policy: Mapping[str, Any]  # its fingerprints
     step: int = 0  # updates so far, and the version of the weights
-    position: int = 0  # of the next draw in the endless stream of episodes
     before: dict[str, float] | None = None  # the evaluation before the first step
     online: OnlineDifficulty | None = None  # success rates of the episodes, where difficulty is estimated from them
     saved: int = -1  # step of the newest checkpoint
     skipped_in_a_row: int = 0  # the last steps that left an update out
     times: StageTimes = field(default_factory=StageTimes)
-    upcoming: asyncio.Task | None = None
     broken: list[BrokenEpisode] = field(default_factory=list)  # left out of this step
+    dropped: list[Final] = field(default_factory=list)  # begun for this step, and neither trained nor kept for another
+
+    def __post_init__(self) -> None:
+        loop = self.config.loop
+        self.ledger, self.ahead = Ledger(self.folder.path / LEDGER), DrawsAhead(self.draws)
+        self.pipeline = Pipeline(loop, self.config.rollout.prompts_per_step, self.ledger, self.ahead, self._begin)
+        self.weights = asyncio.Lock()  # held while the learner's weights differ from those of version `step`
+        kill, restarts = self.actors.kill, (loop.max_restarts, self.progress.note)
+        self.engines = Replicas("engine", self.actors.engines, kill, self._start_engine, self._join, loop.group_seconds, *restarts)
+        self.segmenters = Replicas("segmenter", self.actors.segmenters, kill, partial(self._started, "segmenter"), None, loop.score_seconds, *restarts)
 
     @classmethod
     async def start(
@@ -61,31 +82,34 @@ class Run:
         roles: Collection[str] = ROLES,
     ) -> Run:
         """Everything loaded, the same policy proved in engines and learner, the checkpoint's state in place, and then the run
-        folder made. `located` is `config` with paths that can be loaded; `roles` are the parts that the run has."""
+        folder made, if it is not there. `located` is `config` with paths that can be loaded; `roles` are the parts that the run has."""
         progress.stage("starting")
         ours = policy_fingerprints(located.policy.path)
         actors = await start_actors(located, ours["banned_token_ids"], roles)
         try:
             for number, theirs in enumerate(await gather([engine.fingerprints.remote() for engine in actors.engines])):
                 check_fingerprints(ours, theirs, number)
-            if checkpoint is None:
+            if not folder.exists():
                 folder.create(config)
-            else:
+            if checkpoint is not None:
                 await gather([learner.load.remote(str(checkpoint.path.absolute() / "learner")) for learner in actors.learners])
-                rollout_log.drop_after(folder.rollouts, checkpoint.step)
-            metrics = MetricsWriter(folder.path, resume_step=checkpoint.step if checkpoint else None)
-            run = cls(config, folder, actors, draws, held_out, metrics, progress, ours["processor"])
+            since = checkpoint.step if checkpoint else -1  # -1: from the very beginning, also where a run was lost before its first checkpoint
+            rollout_log.drop_after(folder.rollouts, since)
+            metrics = MetricsWriter(folder.path, resume_step=since)
+            run = cls(config, folder, actors, draws, held_out, metrics, progress, ours)
+            run.ledger.roll_back(since, checkpoint.manifest if checkpoint else {"position": 0})
             if config.difficulty.is_online:
                 run.online = OnlineDifficulty(config.difficulty)
             if checkpoint is not None:
                 if run.online:
                     run.online.load_state_dict(json.loads((checkpoint.path / DIFFICULTY).read_text(encoding="utf-8")))
                 run.step = run.saved = checkpoint.step
-                run.position, run.before = checkpoint.manifest["position"], checkpoint.manifest["before"]
+                run.before = checkpoint.manifest["before"]
                 draws.slow = dict(checkpoint.manifest.get("slow_videos", {}))
             if actors.engines:
                 await connect(actors, config)
-                await run.sync(run.step)  # before the first batch, on a fresh start too: hashes prove that engines serve what the learner trains
+                async with run.weights:
+                    await run.sync(run.step)  # before the first batch, on a fresh start too: hashes prove that engines serve what the learner trains
             progress.restart_clock()
             return run
         except BaseException:
@@ -93,64 +117,63 @@ class Run:
             raise
 
     async def collect(self) -> list[ScoredGroup]:
-        """The step's episodes, G completions of each, scored as the groups finish. May be abandoned at any time.
+        """The step's groups, scored, as `cluster.pipeline` hands them out. May be abandoned at any time.
 
         Where the videos of all of them break in tracking, the next episodes are taken. Raises RunFailed if that does not end.
         """
-        self.times, self.broken = StageTimes(), []
-        rollout = self.config.rollout
-        log_masks = self.config.loop.log_masks_every and (self.step + 1) % self.config.loop.log_masks_every == 0
+        self.times, self.broken, self.dropped = StageTimes(), [], []
         for _ in range(1 + SUBSTITUTES):
-            with self.stage("draw"):
-                draws = await self.next_draws()
             with self.stage("rollout"):
-                groups = await self.answer(draws, rollout.group_size, self.sampling(), bool(log_masks), self.online)
-            self.broken += broken_episodes(groups)
-            if not all(g.broken for g in groups):
-                return groups
-            self.position += len(groups)
+                taken = await self.pipeline.take(self.step)
+            self.broken += broken_episodes(taken.groups)
+            self.dropped += taken.dropped
+            if not all(g.broken for g in taken.groups):
+                return taken.groups
+            self.dropped += map(final, taken.groups)
         raise RunFailed(f"{len(self.broken)} videos one after another cannot be tracked, last: {self.broken[-1].reason}", "check that the data set is still there")
 
-    async def next_draws(self) -> list[Draw]:
-        """This step's draws; those of the next step are decoded in the background meanwhile."""
-        count = self.config.rollout.prompts_per_step
-        make = lambda start: asyncio.create_task(asyncio.to_thread(self.draws.batch, start, count))
-        draws = await (self.upcoming or make(self.position))
-        self.upcoming = make(self.position + count)
-        return draws
+    def _begin(self, draws: list[Draw]) -> list[asyncio.Task[ScoredGroup]]:
+        """Groups of the next step but so many as are on their way."""
+        loop, rollout = self.config.loop, self.config.rollout
+        log_masks = bool(loop.log_masks_every) and (self.step + 1) % loop.log_masks_every == 0
+        return self.answer(draws, rollout.group_size, self.sampling(), log_masks, self.online)
 
-    async def answer(
+    def answer(
         self, draws: list[Draw], count: int, sampling: SamplingConfig, masks: bool, online: OnlineDifficulty | None = None
-    ) -> list[ScoredGroup]:
+    ) -> list[asyncio.Task[ScoredGroup]]:
         """`count` completions of every draw, and their scores; `masks` asks for masks also where no reward term needs them. Without
         `online` the episodes' own ratings count."""
-        config, engines = self.config, self.actors.engines
-        seeds = [sampling_seeds(config.run.seed, self.step, draw.position, count) for draw in draws]
-        if config.loop.deterministic:  # all requests of an engine enqueued before its first token, so that batches are the same
-            shares = [list(range(e, len(draws), len(engines))) for e in range(len(engines))]
-            asked = [[(draws[i], count, sampling, seeds[i]) for i in share] for share in shares]
-            done = await gather([e.generate_in_order.remote([(d.prompt, *rest) for d, *rest in a]) for e, a in zip(engines, asked) if a])
-            completions = {i: c for share, results in zip(shares, done) for i, c in zip(share, results)}
-            return [await self.score(draw, completions[i], masks, online) for i, draw in enumerate(draws)]
+        seeds = [sampling_seeds(self.config.run.seed, self.step, draw.position, count) for draw in draws]
+        asked = [(draw.prompt, count, sampling, s) for draw, s in zip(draws, seeds)]
+        if not self.config.loop.deterministic:
 
-        async def one(i: int, draw: Draw) -> ScoredGroup:
-            engine = engines[draw.position % len(engines)]
-            return await self.score(draw, await engine.generate.remote(draw.prompt, count, sampling, seeds[i]), masks, online)
+            async def one(draw: Draw, prompt: tuple) -> ScoredGroup:
+                return await self.score(draw, await self.engines.call(draw.position, "generate", *prompt), masks, online)
 
-        return await asyncio.gather(*(one(i, draw) for i, draw in enumerate(draws)))
+            return [asyncio.ensure_future(one(*both)) for both in zip(draws, asked)]
+
+        # All requests of an engine are enqueued before its first token, and groups are scored in order, so that batches are the same.
+        engines = len(self.actors.engines)
+        shares = [asyncio.ensure_future(self.engines.call(e, "generate_in_order", asked[e::engines], only=True)) for e in range(engines) if asked[e::engines]]
+
+        async def in_order(i: int, before: asyncio.Task | None) -> ScoredGroup:
+            completions = (await shares[i % engines])[i // engines]
+            await asyncio.gather(*shares, *([before] if before else []))
+            return await self.score(draws[i], completions, masks, online)
+
+        tasks: list[asyncio.Task[ScoredGroup]] = []
+        for i in range(len(draws)):
+            tasks.append(asyncio.ensure_future(in_order(i, tasks[-1] if tasks else None)))
+        return tasks
 
     async def score(self, draw: Draw, completions: list, masks: bool, online: OnlineDifficulty | None) -> ScoredGroup:
         config = self.config
-        segmenter = self.actors.segmenters[draw.position % len(self.actors.segmenters)]
         video = config.reward.needs_video_masks
-        segment = segmenter.segment_group.remote if masks or video or config.reward.needs_predicted_masks else None
-        propagate = segmenter.propagate_group.remote if video else None
+        segment = partial(self.segmenters.call, draw.position, "segment_group") if masks or video or config.reward.needs_predicted_masks else None
+        propagate = partial(self.segmenters.call, draw.position, "propagate_group") if video else None
         tokenizer = self.draws.builder.tokenizer
         think_tokens = [len(tokenizer(think_text(c.text), add_special_tokens=False)["input_ids"]) for c in completions]
-        loop = config.loop
-        return await score_group(
-            draw, completions, think_tokens, config.reward, segment, propagate, loop.score_tries, loop.score_seconds, online
-        )
+        return await score_group(draw, completions, think_tokens, config.reward, segment, propagate, config.loop.score_tries, online)
 
     def sampling(self) -> SamplingConfig:
         """How completions are drawn, with the two largest log-probs where a reward term asks how uncertain the policy was."""
@@ -158,16 +181,69 @@ class Run:
         return replace(sampling, top_logprobs=2) if self.config.reward.needs_uncertainty else sampling
 
     async def sync(self, version: int) -> dict[str, float]:
-        return await sync_weights(self.actors, version, self.config)
+        """All engines that are up serve the learner's weights as `version`. Where one is lost meanwhile, all are started again: a half-loaded one must not serve.
+
+        `weights` must be held: an engine that starts meanwhile gets them from `_join`.
+        """
+        try:
+            return await self._send_weights(self.engines.up, version)
+        except LOST as error:
+            await self.engines.renew(error)
+            return await self._send_weights(self.engines.up, version)
+
+    async def _send_weights(self, engines: Sequence[Any], version: int) -> dict[str, float]:
+        try:
+            return await sync_weights(engines, self.actors.learners, version, self.config)
+        except LOST as error:
+            await self._check_learners(error)
+            raise
+
+    async def _start_engine(self, number: int) -> Any:
+        if self.config.rollout.weight_sync != OBJECT_STORE:
+            raise PartLost(f"engine {number} is lost, which was joined to the learner by {self.config.rollout.weight_sync}", "resume")
+        engine = await self._started("engine", number)
+        check_fingerprints(self.policy, (await gather([engine.fingerprints.remote()]))[0], number)
+        return engine
+
+    async def _join(self, engine: Any) -> None:
+        """Gives an engine that was started again the newest weights."""
+        async with self.weights:
+            await self._send_weights([engine], self.step)
+
+    async def _started(self, role: str, number: int) -> Any:
+        actor = self.actors.new(role, number)
+        await asyncio.wait_for(gather([actor.ready.remote()]), self.config.cluster.start_seconds)
+        await self.actors.find_processes([actor])
+        return actor
+
+    async def learning(self, work: Awaitable[T]) -> T:
+        """The result of what the learners were asked. Raises PartLost where one of them is lost, or takes longer than `loop.learn_seconds`."""
+        try:
+            return await asyncio.wait_for(work, self.config.loop.learn_seconds)
+        except (asyncio.TimeoutError, RayError) as error:
+            await self._check_learners(error)
+            raise
+
+    async def _check_learners(self, error: BaseException) -> None:
+        """Raises PartLost, from `error`, unless all ranks are alive and did not merely lose each other."""
+        remedy = f"`videoseg resume {self.folder.path}` goes on from the last checkpoint"
+        for rank, learner in enumerate(self.actors.learners):
+            try:
+                await asyncio.wait_for(gather([learner.alive.remote()]), ALIVE_SECONDS)
+            except (RayError, asyncio.TimeoutError) as lost:
+                self.actors.kill(learner)
+                raise PartLost(f"learner rank {rank} is lost: {described(lost, ALIVE_SECONDS)}", remedy) from error
+        if is_collective(error):
+            raise PartLost(f"the learner's ranks lost each other: {described(error, 0)}", remedy) from error
 
     async def evaluate(self) -> dict[str, float]:
         """One greedy answer to each held-out episode; the answers are kept in `evaluations/`, the means as `eval/*`."""
         with self.stage("evaluate"):
             draws, broken = await asyncio.to_thread(self.held_out.held_out, self.config.eval.episodes)
-            groups = await self.answer(draws, 1, self.sampling().greedy(), masks=True)
+            groups = await asyncio.gather(*self.answer(draws, 1, self.sampling().greedy(), masks=True))
         broken += broken_episodes(groups)
         values = held_out_metrics(groups) | left_out_metrics([b.kind for b in broken])
-        rollout_log.write_rollouts(self.folder.path / "evaluations", self.step, rollout_rows(self.step, groups, {}, self.processor))
+        rollout_log.write_rollouts(self.folder.path / "evaluations", self.step, rollout_rows(self.step, groups, {}, self.policy["processor"]))
         self.note_evaluation(values, broken)
         return values
 
@@ -178,16 +254,19 @@ class Run:
         self.progress.restart_clock()
 
     def log_rollouts(self, step: int, groups: list[ScoredGroup], advantages: Mapping[int, Sequence[float | np.ndarray]]) -> None:
-        rollout_log.write_rollouts(self.folder.rollouts, step, rollout_rows(step, groups, advantages, self.processor))
+        rollout_log.write_rollouts(self.folder.rollouts, step, rollout_rows(step, groups, advantages, self.policy["processor"]))
 
     async def save(self) -> None:
         """A checkpoint of this step: the learner's state and the success rates in files, the rest of the run's in the manifest."""
         with self.stage("checkpoint"):
-            state = {"position": self.position, "slow_videos": dict(self.draws.slow), "data": self.draws.fingerprint, "before": self.before}
-            with checkpoints.writing(self.folder.checkpoints, self.step, state) as temporary:
-                await gather([learner.save.remote(str(temporary.absolute() / "learner")) for learner in self.actors.learners])
-                if self.online:
-                    (temporary / DIFFICULTY).write_text(json.dumps(self.online.state_dict()), encoding="utf-8")
+            state = self.ledger.state_dict() | {"slow_videos": dict(self.draws.slow), "data": self.draws.fingerprint, "before": self.before}
+            try:
+                with checkpoints.writing(self.folder.checkpoints, self.step, state) as temporary:
+                    await self.learning(gather([learner.save.remote(str(temporary.absolute() / "learner")) for learner in self.actors.learners]))
+                    if self.online:
+                        (temporary / DIFFICULTY).write_text(json.dumps(self.online.state_dict()), encoding="utf-8")
+            except OSError as error:
+                raise CheckpointError(f"the checkpoint of step {self.step} cannot be written: {error}", f"make room, then `videoseg resume {self.folder.path}`") from error
             checkpoints.keep_last(self.folder.checkpoints, self.config.loop.keep_checkpoints, protect=(self.best_step(),))
         self.saved = self.step
         self.progress.restart_clock()
@@ -218,8 +297,9 @@ class Run:
         return summary_line(self.folder.path, self.step, seconds, first, last, what="training", stopped=stopped)
 
     def close(self) -> None:
-        if self.upcoming:
-            self.upcoming.cancel()
+        self.pipeline.close()
+        self.engines.close()
+        self.segmenters.close()
         self.metrics.close()
         stop_actors(self.actors)
 
@@ -227,6 +307,18 @@ class Run:
 def broken_episodes(groups: list[ScoredGroup]) -> list[BrokenEpisode]:
     """Those that the groups' draws replaced, and those whose videos broke in tracking."""
     return [episode for g in groups for episode in (*g.draw.replaced, g.broken) if episode]
+
+
+def final(group: ScoredGroup) -> Final:
+    """What becomes of a group that an update gets."""
+    reason = f"video: {group.broken.kind}" if group.broken else group.failure and f"scoring: {group.failure}"
+    return Final(group.draw.position, group.draw.episode.episode_id, reason or "")
+
+
+def is_collective(error: BaseException) -> bool:
+    """Whether a rank failed because it could not reach another one."""
+    names = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError")
+    return any(type(e).__name__ in names or (isinstance(e, RuntimeError) and ("gloo" in str(e) or "NCCL" in str(e))) for e in causes(error))
 
 
 def sampling_seeds(seed: int, step: int, position: int, count: int) -> list[int]:

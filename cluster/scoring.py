@@ -70,7 +70,6 @@ async def score_group(
     segment: SegmentGroup | None,
     propagate: PropagateGroup | None = None,
     tries: int = 3,
-    timeout_seconds: float = 120.0,
     online: OnlineDifficulty | None = None,
 ) -> ScoredGroup:
     """The group with its scores. `segment` may be None where no active term needs masks, `propagate` where none needs them on
@@ -84,9 +83,9 @@ async def score_group(
     annotated = sorted(draw.episode.annotated_frames)
     try:
         if segment is not None:
-            masks = await _retried(lambda: segment(draw.frame, [object_prompts(a) for a in answers]), tries, timeout_seconds)
+            masks = await _retried(lambda: segment(draw.frame, [object_prompts(a) for a in answers]), tries)
         if propagate is not None:
-            tracks = await _retried(lambda: propagate(draw.video, prompt.target_frame, masks, annotated), tries, timeout_seconds)
+            tracks = await _retried(lambda: propagate(draw.video, prompt.target_frame, masks, annotated), tries)
     except VideoError as error:
         return replace(group, failure=str(error), broken=BrokenEpisode.of(draw.episode, error))
     except Exception as error:  # whatever the service raised is the cause that the run reports
@@ -126,10 +125,10 @@ async def score_group(
     )
 
 
-async def _retried(call: Callable[[], Awaitable], tries: int, timeout_seconds: float):
+async def _retried(call: Callable[[], Awaitable], tries: int):
     for attempt in range(tries):
         try:
-            return await asyncio.wait_for(call(), timeout_seconds)
+            return await call()
         except VideoError:
             raise
         except Exception:

@@ -122,7 +122,31 @@ class LoopConfig:
         default=30.0,
         metadata={"help": "After Ctrl-C or a stopped job, how long rollouts may take to complete their step; then they are dropped.", "min": 0.0},
     )
-    score_seconds: float = field(default=120.0, metadata={"help": "Longest wait for one group's masks before it is tried again.", "above": 0.0})
+    max_staleness: int = field(
+        default=0,
+        metadata={
+            "help": "How many updates the weights that a group was begun with may be behind those that it trains. 0: synchronous; 1: one step off, the next groups are "
+            "generated while the learner works; more: asynchronous.",
+            "min": 0,
+            "max": 64,
+        },
+    )
+    wait_for: float = field(default=1.0, metadata={"help": "Share of a step's groups that the update waits for; the others are late.", "above": 0.0, "max": 1.0})
+    late_groups: str = field(
+        default="drop",
+        metadata={"help": "Late groups: drop, or next_step, in which they go on under newer weights (within max_staleness, else they are dropped).", "choices": ("drop", "next_step")},
+    )
+    max_refills: int = field(
+        default=0,
+        metadata={"help": "Groups of a step whose rewards are all equal that are replaced by others, at most (the dynamic sampling of DAPO); 0: none.", "min": 0},
+    )
+    max_restarts: int = field(
+        default=3,
+        metadata={"help": "How often engines that died or hang are started again in a run, how often segmenters, and how often all parts, from the last checkpoint, where a learner did.", "min": 0},
+    )
+    group_seconds: float = field(default=1800.0, metadata={"help": "An engine that finishes no group for so long, while some wait for it, counts as hung.", "above": 0.0})
+    learn_seconds: float = field(default=3600.0, metadata={"help": "Longest wait for an update or a checkpoint, after which the learner counts as hung.", "above": 0.0})
+    score_seconds: float = field(default=120.0, metadata={"help": "A segmenter that finishes no group for so long, while some wait for it, counts as hung.", "above": 0.0})
     score_tries: int = field(
         default=3, metadata={"help": "Tries, with growing pauses, before a group counts as not scored.", "min": 1, "max": 100}
     )

@@ -18,6 +18,7 @@ from reward_service import parse_answer
 from cluster.checkpoints import Checkpoint
 from cluster.config import RunConfig
 from cluster.draws import Draw, Draws
+from cluster.ledger import Final
 from cluster.metrics import StageTimes, left_out_metrics
 from cluster.placement import gather
 from cluster.progress import Progress
@@ -57,7 +58,8 @@ class SftRun(Run):
         """The step's draws. May be abandoned at any time."""
         self.times = StageTimes()
         with self.stage("draw"):
-            draws = await self.next_draws()
+            count = self.config.rollout.prompts_per_step
+            draws = await self.ahead.take(self.ledger.begin(count), self.ledger.upcoming(count))
         self.broken = [episode for draw in draws for episode in draw.replaced]
         return draws
 
@@ -81,14 +83,15 @@ async def learn(run: SftRun, draws: list[Draw]) -> None:
     step = run.step + 1
     with run.stage("train"):
         samples = ray.put(samples_of(draws))
-        learned = (await gather([learner.train_step.remote(samples) for learner in run.actors.learners]))[0]
+        learned = (await run.learning(gather([learner.train_step.remote(samples) for learner in run.actors.learners])))[0]
     with run.stage("log"):
+        run.ledger.close(step, [Final(draw.position, draw.episode.episode_id) for draw in draws])
         of_learner = learner_metrics({name: value for name, value in learned.items() if name not in _LEFT_OUT})
         of_learner = {name: value for name, value in of_learner.items() if name.startswith("learner/")}  # the rest compares with an engine, or clips
         loss = {"sft/loss": learned["policy_loss"]}
         values = loss | answer_metrics(draws) | left_out_metrics([b.kind for b in run.broken]) | of_learner | run.times.metrics(learned["response_tokens"])
         run.metrics.write(step, values)
-    run.step, run.position, run.skipped_in_a_row = step, run.position + len(draws), int(learned["skipped_in_a_row"])
+    run.step, run.skipped_in_a_row = step, int(learned["skipped_in_a_row"])
     run.progress.step(step, values)
     run.note_broken(f"step {step}", run.broken)
 

@@ -6,6 +6,7 @@ In supervised fine-tuning a step is less (`cluster.sft`), the loop round it the 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from contextlib import closing
 
@@ -18,12 +19,12 @@ from cluster import checkpoints, config_files, rollout_log, sft
 from cluster.checkpoints import Checkpoint
 from cluster.config import RunConfig
 from cluster.draws import Draws
-from cluster.errors import CheckpointError, RunFailed
-from cluster.metrics import completion_metrics, left_out_metrics
+from cluster.errors import CheckpointError, PartLost, RunFailed
+from cluster.metrics import completion_metrics, dropped_metrics, left_out_metrics
 from cluster.progress import Progress
 from cluster.ray_cluster import joined_cluster
 from cluster.rollout_rows import learner_metrics, samples_of, scored_completions
-from cluster.run import Run
+from cluster.run import Run, final
 from cluster.run_folder import RunFolder
 from cluster.scoring import ScoredGroup
 from cluster.stop import Stop
@@ -31,7 +32,10 @@ from cluster.update import update
 
 
 def train(config: RunConfig, folder: RunFolder, resume: bool = False) -> None:
-    """Runs a resolved configuration to its last step in `folder`; with `resume`, from the folder's last checkpoint."""
+    """Runs a resolved configuration to its last step in `folder`; with `resume`, from the folder's last checkpoint.
+
+    Where a learner is lost, all parts start again from the last checkpoint, `loop.max_restarts` times at most.
+    """
     located = config_files.locate(config)
     checkpoint = checkpoints.latest(folder.checkpoints)[0] if resume else None
     check_policy(located.policy.path)
@@ -41,14 +45,22 @@ def train(config: RunConfig, folder: RunFolder, resume: bool = False) -> None:
     for data in (draws, held_out):
         data.check_videos(config.data.check_seconds)
     check_resumable(checkpoint, draws)
-    with joined_cluster(config.cluster):
-        asyncio.run(_train(config, located, folder, draws, held_out, checkpoint))
+    with closing(draws), joined_cluster(config.cluster):
+        for restarts_left in range(config.loop.max_restarts, -1, -1):
+            try:
+                return asyncio.run(_train(config, located, folder, draws, held_out, checkpoint))
+            except PartLost as lost:
+                if not restarts_left:
+                    raise
+                checkpoint = checkpoints.latest(folder.checkpoints)[0] if checkpoints.steps(folder.checkpoints) else None
+                where = f"step {checkpoint.step}" if checkpoint else "the beginning"
+                print(f"warning: {lost}; starting again from {where}", file=sys.stderr, flush=True)
 
 
 async def _train(config: RunConfig, located: RunConfig, folder: RunFolder, draws: Draws, held_out: Draws, checkpoint: Checkpoint | None) -> None:
     began = time.monotonic()
     kind, learn_from = (sft.SftRun, sft.learn) if config.run.task == "sft" else (Run, learn)
-    with Stop(config.loop.grace_seconds) as stop, Progress(config.loop.steps, checkpoint.step if checkpoint else 0) as progress, closing(draws):
+    with Stop(config.loop.grace_seconds) as stop, Progress(config.loop.steps, checkpoint.step if checkpoint else 0) as progress:
         run = await stop.abandoning(kind.start(config, located, folder, draws, held_out, checkpoint, progress))
         if run is None:
             return
@@ -81,20 +93,23 @@ async def learn(run: Run, groups: list[ScoredGroup]) -> None:
     config, step = run.config, run.step + 1
     kept = scored(groups, config.loop.max_failure_rate, step)
     rewards = np.stack([g.rewards for g in kept])
-    with run.stage("train"):
-        advantages, learned = await update(run.actors.learners, config.learner, rewards, [samples_of(g) for g in kept])
-    with run.stage("sync"):
-        synced = await run.sync(step)
+    async with run.weights:
+        with run.stage("train"):
+            advantages, learned = await run.learning(update(run.actors.learners, config.learner, rewards, [samples_of(g) for g in kept]))
+        with run.stage("sync"):
+            synced = await run.sync(step)
+        run.step = step
     with run.stage("log"):
+        run.ledger.close(step, [*map(final, groups), *run.dropped])
         run.log_rollouts(step, groups, {g.draw.position: a for g, a in zip(kept, advantages)})
-        completions = scored_completions(groups, version=run.step)
+        completions = scored_completions(groups, version=step - 1)
         tokens = sum(c.response_tokens for c in completions)
-        values = completion_metrics(completions) | left_out_metrics([b.kind for b in run.broken]) | learner_metrics(learned) | synced | run.times.metrics(tokens)
+        values = completion_metrics(completions) | left_out_metrics([b.kind for b in run.broken]) | dropped_metrics(run.dropped) | learner_metrics(learned) | synced | run.times.metrics(tokens)
         run.metrics.write(step, values)
     if run.online:
         for g in kept:
             run.online.update(g.draw.episode.episode_id, g.success_rate)
-    run.step, run.position, run.skipped_in_a_row = step, run.position + len(groups), int(learned["skipped_in_a_row"])
+    run.skipped_in_a_row = int(learned["skipped_in_a_row"])
     run.progress.step(step, values)
     run.note_broken(f"step {step}", run.broken)
     if values["mismatch/kl"] > config.loop.mismatch_warn:

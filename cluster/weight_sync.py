@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from typing import Any
 
 import ray
 
@@ -21,7 +23,7 @@ async def connect(actors: Actors, config: RunConfig) -> None:
     if config.rollout.weight_sync == OBJECT_STORE:
         return
     workers = config.rollout.tensor_parallel
-    client = TimedRayClient(actors.engines, config.rollout.sync_timeout_seconds, workers)
+    client = TimedRayClient(tuple(actors.engines), config.rollout.sync_timeout_seconds, workers)
     rendezvous = None
     if config.rollout.weight_sync == "nccl":
         host, port = await actors.learners[0].address.remote()
@@ -29,35 +31,32 @@ async def connect(actors: Actors, config: RunConfig) -> None:
     await gather([learner.connect.remote(config.rollout.weight_sync, client, BUCKET_BYTES, rendezvous) for learner in actors.learners])
 
 
-async def sync_weights(actors: Actors, version: int, config: RunConfig) -> dict[str, float]:
-    """All engines serve the learner's weights as `version` when this returns; generation is paused meanwhile.
+async def sync_weights(engines: Sequence[Any], learners: Sequence[Any], version: int, config: RunConfig) -> dict[str, float]:
+    """These engines serve the learner's weights as `version` when this returns; generation is paused meanwhile.
 
     By the object store, the SHA-256 of the bytes that each engine's process read is compared with the learner's, bucket by
-    bucket. Raises `RunFailed` where they differ, or past `rollout.sync_timeout_seconds`.
+    bucket. Raises `RunFailed` where they differ, TimeoutError past `rollout.sync_timeout_seconds`; an engine whose update was begun and not
+    finished must not be used any more.
     """
-    limit = config.rollout.sync_timeout_seconds
     send = _by_object_store if config.rollout.weight_sync == OBJECT_STORE else _from_gpu_to_gpu
-    try:
-        return await asyncio.wait_for(_paused(actors, str(version), send), limit)
-    except asyncio.TimeoutError as error:
-        raise RunFailed(f"weights {version} did not reach all engines within {limit:.0f} s", "raise rollout.sync_timeout_seconds") from error
+    return await asyncio.wait_for(_paused(engines, learners, str(version), send), config.rollout.sync_timeout_seconds)
 
 
-async def _paused(actors: Actors, version: str, send) -> dict[str, float]:
-    await gather([engine.begin_weight_sync.remote() for engine in actors.engines])
-    sent = await send(actors, version)
-    await gather([engine.finish_weight_sync.remote(version) for engine in actors.engines])
+async def _paused(engines: Sequence[Any], learners: Sequence[Any], version: str, send) -> dict[str, float]:
+    await gather([engine.begin_weight_sync.remote() for engine in engines])
+    sent = await send(engines, learners, version)
+    await gather([engine.finish_weight_sync.remote(version) for engine in engines])
     return sent
 
 
-async def _from_gpu_to_gpu(actors: Actors, version: str) -> dict[str, float]:
-    await gather([learner.send_weights.remote() for learner in actors.learners])
+async def _from_gpu_to_gpu(engines: Sequence[Any], learners: Sequence[Any], version: str) -> dict[str, float]:
+    await gather([learner.send_weights.remote() for learner in learners])
     return {}
 
 
-async def _by_object_store(actors: Actors, version: str) -> dict[str, float]:
+async def _by_object_store(engines: Sequence[Any], learners: Sequence[Any], version: str) -> dict[str, float]:
     # Every rank streams: gathering a bucket is a collective under ZeRO-3. Only rank 0's buckets hold data.
-    streams = [learner.weight_buckets.options(num_returns="streaming").remote(BUCKET_BYTES) for learner in actors.learners]
+    streams = [learner.weight_buckets.options(num_returns="streaming").remote(BUCKET_BYTES) for learner in learners]
     count, total = 0, 0
     async for ref in streams[0]:
         for stream in streams[1:]:
@@ -65,7 +64,7 @@ async def _by_object_store(actors: Actors, version: str) -> dict[str, float]:
         bucket = await ref
         count, total = count + 1, total + bucket.nbytes
         plain = ray.put({"data": bucket.data, "index": [(e.name, e.dtype, e.shape, e.offset) for e in bucket.entries]})
-        for number, digest in enumerate(await gather([engine.receive_weights.remote(plain) for engine in actors.engines])):
+        for number, digest in enumerate(await gather([engine.receive_weights.remote(plain) for engine in engines])):
             if digest != bucket.sha256:
                 raise RunFailed(f"engine {number} read other bytes than the learner sent (weights {version}, bucket {count})", "report this: it is a defect")
     return {"sync/bytes": float(total), "sync/buckets": float(count)}

@@ -45,6 +45,9 @@ class LearnerActor:
         self.worker = LearnerWorker(**worker_arguments)
         return f"{self.worker.device} {self.worker.dtype}"
 
+    def alive(self) -> None:
+        """Returns, once what was asked before is done."""
+
     def train_step(self, samples: Sequence[Sample]) -> dict[str, float]:
         return self.worker.train_step(samples)
 

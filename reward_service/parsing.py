@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 
 from reward_service.answer import Answer, AnswerObject
 from reward_service.tags import END_THINK, _find, answer_region, has_think_format
 
 MAX_OBJECTS = 120  # VisionReasoner's cap; also bounds what a completion can ask of the segmenter
 MAX_NEGATIVE_POINTS = 120  # per object, ours, for the same reason
-LIMIT = 1e9  # a coordinate at or past this is no coordinate (also refuses NaN, infinities and integers too big for a float)
-
-NUMERIC = frozenset((int, float))  # not bool
 
 _BOX_KEYS = ("bbox_2d", "bbox", "box", "boxes")
 _POINT_KEYS = ("point_2d", "point", "points_1", "points_2", "positive_points", "points")
@@ -71,10 +67,13 @@ def _strict_objects(items: list) -> tuple[tuple[AnswerObject, ...], int]:
 
 def _numbers(value, n: int):
     """The n numbers as a tuple, or None."""
-    if type(value) is not list or len(value) != n or not NUMERIC.issuperset(map(type, value)):
+    if type(value) is not list or len(value) != n:
         return None
-    in_range = -LIMIT < min(value) and max(value) < LIMIT and not math.isnan(sum(value))  # a NaN makes the sum NaN
-    return tuple(value) if in_range else None
+    for v in value:
+        # Not a bool; no comparison holds for a NaN. A number at or past 1e9 is no coordinate, which also refuses what is too big for a float.
+        if not (type(v) is int or type(v) is float) or not -1e9 < v < 1e9:
+            return None
+    return tuple(value)
 
 
 def _points(value) -> tuple:

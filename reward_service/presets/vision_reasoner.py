@@ -15,7 +15,6 @@ from itertools import accumulate, chain
 import numpy as np
 
 from reward_service import terms
-from reward_service.parsing import NUMERIC
 from reward_service.space import factors
 from reward_service.tags import first_answer, has_think_format
 from reward_service.target import Target
@@ -31,6 +30,7 @@ CONFIG = {
     "max_repeats": 2,
 }
 SETTINGS = ("iou_threshold", "box_l1_threshold", "point_threshold", "space", "space_size", "max_objects", "max_repeats")
+NUMERIC = frozenset((int, float))  # not bool
 LIMIT = 1 << 24  # areas of such boxes are exact in float64
 MAXIMA = {"think_format": 1.0, "segmentation_format": 2.0, "iou": 1.0, "box_l1": 1.0, "point": 1.0, "no_repeat": 1.0}
 

@@ -44,7 +44,7 @@ def drawing(builder):
 def whole(toy_data, builder):
     """The draws of the sound data set."""
     draws = Draws(str(toy_data / "train"), builder, DataConfig(), seed=3)
-    yield draws.batch(0, COUNT)
+    yield draws.batch(range(COUNT))
     draws.close()
 
 
@@ -76,7 +76,7 @@ def test_video_files_are_as_good_as_folders(whole, copy, drawing):
             out.mux(stream.encode())
         shutil.rmtree(path)
     write_episodes((replace(e, video=f"{e.video}.mkv") for e in episodes), copy / "episodes.parquet")
-    draws = drawing(copy).batch(0, COUNT)
+    draws = drawing(copy).batch(range(COUNT))
     assert [identity(d) for d in draws] == [identity(d) for d in whole]
     np.testing.assert_array_equal(draws[0].video.frame(2), whole[0].video.frame(2))
 
@@ -127,7 +127,7 @@ def test_a_broken_video_moves_nobody_else(whole, copy, drawing, how):
     damage(victim, how)
     if how == "hangs":
         hurry(data, victim)
-    draws = data.batch(0, COUNT)
+    draws = data.batch(range(COUNT))
     lost = 0
     for sound, draw in zip(whole, draws, strict=True):
         name, passed = expected(draw.position, data.episodes, {victim.video})
@@ -175,7 +175,7 @@ def test_episodes_whose_prompts_are_too_long_are_left_out(whole, copy, drawing):
     episodes = [replace(e, query=e.query * 9000) if e.episode_id == victim else e for e in read_episodes(copy)]
     write_episodes(episodes, copy / "episodes.parquet")
     draws = drawing(copy)
-    first, rest = draws.train(0), draws.batch(1, 5)
+    first, rest = draws.train(0), draws.batch(range(1, 6))
     assert [(e.episode_id, e.kind) for e in first.replaced] == [(victim, "too_long")] and first.episode.episode_id != victim
     assert "more than prompt.max_tokens = 8192" in first.replaced[0].reason
     assert [identity(d) for d in rest if not d.replaced] == [identity(d) for d, now in zip(whole[1:6], rest) if not now.replaced]

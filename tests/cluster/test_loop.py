@@ -3,21 +3,17 @@
 import asyncio
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
 
 from cluster import checkpoints, cli, config, config_resolve, rollout_log, run_folder
 from cluster.metrics import read_metrics
-from tests.conftest import ROOT, TOY
+from tests.conftest import TOY
 
 SMALL = [
     f"policy.path={TOY / 'policy'}",
@@ -189,9 +185,9 @@ def test_engines_in_a_run_equal_one_started_from_the_export(ray_session, toy_dat
     """After an update and its sync, greedy tokens and log-probs are those of an engine that loads the learner's export."""
     from cluster import trainer
     from cluster.draws import Draws
-    from cluster.placement import start_actors, stop_actors
     from cluster.progress import Progress
     from cluster.run import Run
+    from rollout.actor import RolloutEngineActor
 
     settings = resolved(toy_data, "eval.episodes=6", "learner.lr=1e-3", "learner.kl_in=reward", "difficulty.source=online")
     draws, held_out = Draws.of_run(settings)
@@ -214,94 +210,16 @@ def test_engines_in_a_run_equal_one_started_from_the_export(ray_session, toy_dat
             await run.actors.learners[0].export.remote(str(exported))
         finally:
             run.close()
-        actors = await start_actors(dataclasses.replace(settings, policy=dataclasses.replace(settings.policy, path=str(exported))), [])
+        engine = RolloutEngineActor.options(num_cpus=1).remote(str(exported), settings.rollout, dtype="float32", device="cpu")
         try:
-            return before, served, await answers(actors.engines[0])
+            await engine.ready.remote()
+            return before, served, await answers(engine)
         finally:
-            stop_actors(actors)
+            await engine.shutdown.remote()
+            ray.kill(engine)
 
     before, served, fresh = asyncio.run(served_and_fresh())
     assert any(not np.array_equal(b.logprobs, s.logprobs) for b, s in zip(before, served))
     for s, f in zip(served, fresh, strict=True):
         np.testing.assert_array_equal(s.token_ids, f.token_ids)
         np.testing.assert_array_equal(s.logprobs, f.logprobs)
-
-
-@pytest.fixture
-def in_training(toy_data, tmp_path):
-    """Starts `videoseg train` in `tmp_path/stopped`, and hands over its process and output once it has finished some steps."""
-    processes = []
-
-    def start(*more, steps=2):
-        command = [sys.executable, "-m", "cluster.cli", "train", *settings(toy_data, "loop.steps=500", "eval.ends=false", f"run.dir={tmp_path}", "run.name=stopped", "cluster.address=local"), *more]
-        environment = os.environ | {"VIDEOSEG_TEST_MARK": str(tmp_path)}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-        processes.append(process)
-        wait_for(process, f"step {steps}/")
-        return process
-
-    yield start
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def wait_for(process, beginning):
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith(beginning):
-            return
-    pytest.fail(f"no line begins with {beginning!r}:\n" + "".join(lines))
-
-
-def test_ctrl_c_leaves_a_checkpoint_and_no_process(in_training, tmp_path):
-    """SIGINT to `videoseg train`, as a terminal sends it, in the middle of training."""
-    process = in_training()
-    os.killpg(process.pid, signal.SIGINT)
-    rest, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, rest
-    assert "SIGINT: stopping with a checkpoint" in rest and "stopped: SIGINT" in rest
-    checkpoint, rejected = checkpoints.latest(tmp_path / "stopped" / "checkpoints")
-    assert checkpoint.step >= 2 and not rejected
-    assert read_metrics(tmp_path / "stopped" / "metrics.jsonl")[-1]["step"] == checkpoint.step
-    assert_all_gone(tmp_path)
-
-
-def test_a_second_ctrl_c_leaves_at_once(in_training, tmp_path):
-    """While rollouts that it would wait for are in progress; the last checkpoint, of step 1, is what is left."""
-    process = in_training("loop.grace_seconds=600", "rollout.prompts_per_step=64", "loop.save_every=1", steps=1)
-    while not checkpoints.steps(tmp_path / "stopped" / "checkpoints"):
-        time.sleep(0.1)
-    time.sleep(1)  # the second step's rollouts take several
-    os.killpg(process.pid, signal.SIGINT)
-    wait_for(process, "SIGINT: stopping")
-    os.killpg(process.pid, signal.SIGINT)
-    rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "stopped at once" in rest
-    checkpoint, rejected = checkpoints.latest(tmp_path / "stopped" / "checkpoints")
-    assert checkpoint.step == 1 and not rejected
-    assert_all_gone(tmp_path)
-
-
-def assert_all_gone(mark):
-    deadline = time.monotonic() + 30
-    while (left := marked_processes(str(mark))) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not left
-
-
-def marked_processes(mark):
-    """Command lines of living processes that inherited the test's environment variable."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/environ", "rb") as file:
-                    inherited = f"VIDEOSEG_TEST_MARK={mark}".encode() in file.read().split(b"\0")
-                if inherited:
-                    with open(f"/proc/{entry}/cmdline", "rb") as file:
-                        found.append(file.read().replace(b"\0", b" ").decode())
-            except OSError:
-                pass
-    return found

@@ -144,7 +144,7 @@ def test_written_answers_are_learned_as_they_are_and_only_their_episodes_drawn(t
     drawn = {}
     for file in (lines, table):
         training, held_out = draws_of(toy_data, f"sft.answers={file}")
-        drawn[file] = training.batch(0, 24)
+        drawn[file] = training.batch(range(24))
         assert [d.answer.text for d in held_out.held_out(2)[0]] == [d.answer.text for d in draws[1].held_out(2)[0]]  # from the truth, without a file of their own
         training.close()
     assert {d.episode.episode_id for d in drawn[lines][:3]} == {e.episode_id for e in few}  # an epoch is each of them once
@@ -160,7 +160,7 @@ def test_the_truth_is_filled_into_a_response_that_asks_for_it(toy_data, draws, t
     """Reasoning alone from a stronger model, about whichever frame is the target."""
     file = write_lines(tmp_path / "a.jsonl", [{"episode_id": e.episode_id, "response": "<think>Hm.</think><answer>{objects}</answer>"} for e in read_episodes(toy_data / "train")])
     training, _ = draws_of(toy_data, f"sft.answers={file}")
-    for ours, true in zip(training.batch(0, 6), draws[0].batch(0, 6), strict=True):
+    for ours, true in zip(training.batch(range(6)), draws[0].batch(range(6)), strict=True):
         assert ours.prompt.fingerprint == true.prompt.fingerprint
         assert ours.answer.text == "<think>Hm.</think>" + true.answer.text.split("</think>")[1]
     training.close()
@@ -171,7 +171,7 @@ def test_answers_that_are_too_long_cost_their_episodes(toy_data, tmp_path):
     long, short = an_episode(toy_data, 0), an_episode(toy_data, 1)
     rows = [{"episode_id": e.episode_id, "response": "a " * n + "{objects}"} for e, n in ((long, 200), (short, 1))]
     training, _ = draws_of(toy_data, f"sft.answers={write_lines(tmp_path / 'a.jsonl', rows)}")
-    batch = training.batch(0, 6)
+    batch = training.batch(range(6))
     assert {d.episode.episode_id for d in batch} == {short.episode_id}
     replaced = [b for d in batch for b in d.replaced]
     assert {(b.episode_id, b.kind) for b in replaced} == {(long.episode_id, "too_long")} and "more than rollout.max_response_tokens = 96" in replaced[0].reason
@@ -262,7 +262,7 @@ def test_the_loss_is_the_likelihood_by_transformers(run, draws):
         return -np.concatenate([transformers_logprobs(policy, folder, d.prompt, d.answer.token_ids, 1.0, banned) for d in some]).mean(dtype=np.float64)
 
     (first,) = [r for r in records if r["step"] == 1]
-    assert first["sft/loss"] == pytest.approx(loss(training.batch(0, 4)), abs=1e-4)
+    assert first["sft/loss"] == pytest.approx(loss(training.batch(range(4))), abs=1e-4)
     assert records[0]["eval/sft/loss"] == pytest.approx(loss(held_out.held_out(3)[0]), abs=1e-4)
 
 
@@ -334,7 +334,7 @@ def test_the_settings_leave_the_likelihood_alone_whatever_they_were():
 
 
 def test_samples_are_prompts_with_answers(draws):
-    batch = draws[0].batch(0, 3)
+    batch = draws[0].batch(range(3))
     samples = sft.samples_of(batch)
     assert all(isinstance(s, Sample) and s.advantage == 1 and not s.truncated for s in samples)
     assert [s.response_ids.tolist() for s in samples] == [d.answer.token_ids.tolist() for d in batch] and len({s.group for s in samples}) == 3

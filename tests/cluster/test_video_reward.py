@@ -59,10 +59,11 @@ def right_and_wrong(draw):
 def test_a_group_is_tracked_once_and_earns_the_mean_j_of_its_masks(ray_session, located, draws):
     import ray
 
+    from cluster.replicas import Replicas
     from segmentation_service.actor import SegmenterActor
 
     actor = SegmenterActor.options(num_cpus=0).remote(located.segmentation)
-    run = SimpleNamespace(config=located, draws=draws, actors=SimpleNamespace(segmenters=[actor]))
+    run = SimpleNamespace(config=located, draws=draws, segmenters=Replicas("segmenter", [actor], ray.kill, None, None, 120.0, 0, print))
     draw = max((d for d in draws.held_out(6)[0] if len(d.target) == 1), key=lambda d: d.target.masks.sum())
 
     async def scored():

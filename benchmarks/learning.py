@@ -1,6 +1,6 @@
 """The learner's two savings, side by side with the plain way: logits in chunks (memory), and prompts once per group, without padding (time).
 
-    python -m benchmarks.learner --json docs/learner-benchmark.json
+    videoseg bench learning --json docs/learner-benchmark.json
 
     logprobs   log-probs of 2,048 tokens over 152,064 words and their gradients: peak memory of a process of its own, beyond what it had before,
                and beyond the gradients that both must give; largest difference of the gradients
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.side_by_side import in_turns, machine, publish, ratio
+from side_by_side import in_turns, machine, publish, ratio
 from cluster import config
 from cluster.paths import resolve_path
 from learner.batch import Sample, collate
@@ -59,7 +59,7 @@ def logprobs(width: int, chunk: int, folder: Path) -> dict:
     peaks, gradients = {}, {}
     for way in ("plain", "chunked"):
         file = folder / f"{way}.pt"
-        command = [sys.executable, "-m", "benchmarks.learner", "--way", way, "--width", str(width), "--chunk", str(chunk), "--file", str(file)]
+        command = [sys.executable, __file__, "--way", way, "--width", str(width), "--chunk", str(chunk), "--file", str(file)]
         peaks[way] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         gradients[way] = torch.load(file)
     given = 4 * width * (TOKENS + VOCABULARY)  # the gradients themselves
