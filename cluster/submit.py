@@ -145,11 +145,11 @@ def submit(job: Job, address: str | None = None, wait: bool = True) -> int:
         print(f"note: {note}")
     print(f"run folder, which every node must see: {job.run}")
     _send(client, job)
-    print(f"job {job.id} is submitted to {address}", flush=True)
-    if not wait:
-        print(_hints(job, address))
-        return 0
     try:
+        print(f"job {job.id} is submitted to {address}", flush=True)
+        if not wait:
+            print(_hints(job, address))
+            return 0
         return _report(job, follow(client, job.id), address)
     except KeyboardInterrupt:
         print(f"\ndetached; the job goes on\n{_hints(job, address)}")
