@@ -70,11 +70,19 @@ def _planned(options: argparse.Namespace, *more: str) -> tuple[Any, Any]:
     from cluster import config, config_resolve, run_folder
 
     recipe, overrides = _recipe_and_overrides(options)
-    hardware = config_resolve.detect_hardware()
-    settings = config_resolve.resolve(config.load(recipe, [*overrides, *more]), hardware)
+    settings = config.load(recipe, [*overrides, *more])
+    hardware = _hardware(settings)
+    settings = config_resolve.resolve(settings, hardware)
     config_resolve.check_hardware(settings, hardware)
     task = "-sft" if settings.run.task == "sft" else ""
     return settings, run_folder.plan(settings.run.dir, settings.run.name, settings.run.recipe + task)
+
+
+def _hardware(settings: Any) -> Any:
+    """Of the cluster that a run joins, or of this machine."""
+    from cluster import ray_cluster
+
+    return ray_cluster.hardware(settings.cluster)
 
 
 def _start(settings: Any, folder: Any) -> None:
@@ -93,7 +101,7 @@ def resume(options: argparse.Namespace) -> None:
 
     folder = run_folder.find(options.run)
     settings, changed = config.load_for_resume(folder.config, options.overrides)
-    hardware = config_resolve.detect_hardware()
+    hardware = _hardware(settings)
     settings = config_resolve.resolve(settings, hardware)
     config_resolve.check_hardware(settings, hardware)
     config_files.locate(settings)

@@ -185,7 +185,7 @@ def connect(address: str) -> Any:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
         what = "another token than RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_MODE") == "token" else "a token"
-        raise UserError(f"the cluster at {address} asks for {what}", "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=…, the same as where `ray start` was called") from error
+        raise UserError(f"the cluster at {address} asks for {what}", "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN=… as where `ray start` was called (or have its ~/.ray/auth_token)") from error
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"what answers at {address} is not Ray's job server: {error}", elsewhere) from error
 

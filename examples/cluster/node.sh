@@ -4,9 +4,13 @@
 #   node.sh head ADDRESS [options]           ADDRESS: this machine's, in the cluster's private network
 #   node.sh worker HEAD ADDRESS [options]    HEAD: the head node's address; waits until it answers
 #
-# Options go to `ray start`, for example --num-gpus=8 --object-store-memory=20000000000. RAY_AUTH_TOKEN is the same on all nodes.
+# Options go to `ray start`, for example --num-gpus=8 --object-store-memory=20000000000. The token (RAY_AUTH_TOKEN, or the file
+# ~/.ray/auth_token) is the same on all nodes.
 set -euo pipefail
-: "${RAY_AUTH_TOKEN:?is not set: make a token as docs/cluster.md says, and export the same one on every node}"
+if [ -z "${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-}" ] && [ ! -s ~/.ray/auth_token ]; then
+    echo "no token: run \`ray get-auth-token --generate\` once and copy ~/.ray/auth_token to every node, or export RAY_AUTH_TOKEN" >&2
+    exit 2
+fi
 export RAY_AUTH_MODE=token
 venv=$(cd "$(dirname "$0")/../.." && pwd)/.venv/bin
 [ ! -d "$venv" ] || export PATH=$venv:$PATH # jobs find `videoseg` by it

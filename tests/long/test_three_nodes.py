@@ -15,28 +15,31 @@ from cluster import checkpoints, ledger, rollout_log
 from cluster.metrics import read_metrics
 from tests.cluster.test_loop import settings
 from tests.conftest import ROOT
-from tests.long.three_nodes import three_nodes
+from tests.long.nodes import nodes_of
 
 STEPS = 20
 PARTS = ["rollout.engines=2", "learner.ranks=2", "segmentation.replicas=2", "loop.deterministic=true", "learner.lr_schedule=constant", "eval.ends=false", "rollout.kv_cache_gb=0.1"]
+PARTS += ["learner.threads=1", "cluster.start_seconds=3600", "rollout.sync_timeout_seconds=1800", "cluster.cpus_per_engine=3", "cluster.cpus_per_learner=2", "cluster.cpus_per_segmenter=0.5"]
 CPUS = (3, 2, 6)  # an engine fills the first node, a rank the second; the others go to the third
-RESERVED = ["cluster.cpus_per_engine=3", "cluster.cpus_per_learner=2", "cluster.cpus_per_segmenter=0.5"]
-ON_ONE_NODE = ["cluster.cpus_per_engine=0.3", "cluster.cpus_per_learner=0.3", "cluster.cpus_per_segmenter=0.3", "cluster.address=local"]
 ROLES = {"RolloutEngine": "engine", "SegmenterActor": "segmenter", "LearnerActor": "learner"}
 
 
 @pytest.mark.long
 def test_three_nodes_do_what_one_does_and_lose_nothing(toy_data, tmp_path):
     asked = [*settings(toy_data, *PARTS), f"run.dir={tmp_path}"]
-    videoseg(os.environ, "train", *asked, *ON_ONE_NODE, "run.name=one", "loop.steps=1").finish(0)
+    with nodes_of(sum(CPUS)) as nodes:
+        videoseg(nodes, "submit", *asked, "run.name=one", "loop.steps=1").finish(0)
+        assert {len(set(addresses)) for addresses in placed(nodes).values()} == {1}
 
-    with three_nodes(CPUS) as nodes:
-        environment = nodes.environment | {"RAY_API_SERVER_ADDRESS": nodes.url}
-        videoseg(environment, "submit", *asked, *RESERVED, "run.name=three", f"loop.steps={STEPS}").finish(0)
+    with nodes_of(*CPUS) as nodes:
+        look = "from cluster import config, ray_cluster; print(ray_cluster.hardware(config.load('debug').cluster))"
+        looked = subprocess.run(["ray", "job", "submit", "--address", nodes.url, "--", sys.executable, "-c", look], env=nodes.environment, capture_output=True, text=True)
+        assert ", nodes=3)" in looked.stdout, looked.stdout + looked.stderr
+        videoseg(nodes, "submit", *asked, "run.name=three", f"loop.steps={STEPS}").finish(0)
         placement = placed(nodes)
-        resumed = videoseg(environment, "submit", "--resume", str(tmp_path / "three"), "loop.steps=500", "--name", "again")
+        resumed = videoseg(nodes, "submit", "--resume", str(tmp_path / "three"), "loop.steps=500", "--name", "again")
         resumed.wait_for(f"step {STEPS + 2}/500")
-        subprocess.run(["ray", "job", "stop", "--address", nodes.url, "again"], env=environment, check=True, capture_output=True)
+        subprocess.run(["ray", "job", "stop", "--address", nodes.url, "again"], env=nodes.environment, check=True, capture_output=True)
         resumed.finish(130)
 
     run = tmp_path / "three"
@@ -75,9 +78,9 @@ def test_three_nodes_do_what_one_does_and_lose_nothing(toy_data, tmp_path):
 class videoseg:
     """A `videoseg` command whose output is shown and kept."""
 
-    def __init__(self, environment, *arguments):
+    def __init__(self, nodes, *arguments):
         self.text, self.lines = "", threading.Condition()
-        self.process = subprocess.Popen([sys.executable, "-m", "cluster.cli", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen([sys.executable, "-m", "cluster.cli", *arguments], cwd=ROOT, env=nodes.environment | {"RAY_API_SERVER_ADDRESS": nodes.url}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
@@ -101,10 +104,9 @@ class videoseg:
 
 def placed(nodes):
     """role -> addresses of the nodes on which its actors were started."""
-    listed = lambda what: json.loads(nodes.get(f"/api/v0/{what}?limit=1000"))["data"]["result"]["result"]
-    addresses = {node["node_id"]: node["node_ip"] for node in listed("nodes")}
+    addresses = {node["node_id"]: node["node_ip"] for node in nodes.listed("nodes")}
     found = defaultdict(list)
-    for actor in listed("actors"):
+    for actor in nodes.listed("actors"):
         if role := ROLES.get(actor["class_name"]):
             found[role].append(addresses[actor["node_id"]])
     return {role: sorted(found[role]) for role in ROLES.values()}

@@ -1,10 +1,11 @@
-"""A Ray cluster of three nodes on one machine: each in a network namespace with its own address, its own /dev/shm and its own /tmp/ray.
+"""A Ray cluster of several nodes on one machine: each in a network namespace with its own address, its own /dev/shm and its own /tmp/ray.
 
-Needs root and `ip`. Elsewhere `ray.cluster_utils.Cluster` gives three nodes that share the machine's address and memory.
+Needs root and `ip`. Elsewhere `ray.cluster_utils.Cluster` gives nodes that share the machine's address and memory.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -23,7 +24,7 @@ from tests.conftest import ROOT
 
 SUBNET = "10.213.77"
 BRIDGE = "vsgbr"
-NAMES = ("vsg0", "vsg1", "vsg2")  # namespaces; the first is the head
+NAMES = tuple(f"vsg{i}" for i in range(3))  # namespaces; the first is the head
 STORE_BYTES = 100_000_000
 
 
@@ -35,18 +36,24 @@ class Nodes:
     url: str
     environment: dict[str, str]
 
-    def get(self, path: str) -> bytes:
-        return _get(self.url + path, self.environment)
+    def get(self, path: str) -> Any:
+        request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"})
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def listed(self, what: str) -> list[dict[str, Any]]:
+        """`nodes`, or `actors` (dead ones too), as `ray list` has them."""
+        return self.get(f"/api/v0/{what}?limit=1000")["data"]["result"]["result"]
 
 
 @contextmanager
-def three_nodes(cpus: tuple[int, int, int]) -> Iterator[Nodes]:
-    """Three nodes with so many CPUs each, as Ray counts them; gone at the end, with all their processes."""
+def nodes_of(*cpus: int) -> Iterator[Nodes]:
+    """Up to three nodes with so many CPUs each, as Ray counts them; gone at the end, with all their processes."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     made = namespaces_can_be_made()
     with (_in_namespaces if made else _of_cluster_utils)(cpus, environment) as nodes:
-        _wait_for(lambda: nodes.get("/api/v0/nodes?limit=10").count(b'"state": "ALIVE"') == 3 or nodes.get("/api/v0/nodes?limit=10").count(b'"state":"ALIVE"') == 3)
+        _wait_for(lambda: sum(node["state"] == "ALIVE" for node in nodes.listed("nodes")) == len(cpus))
         yield nodes
 
 
@@ -60,9 +67,9 @@ def namespaces_can_be_made() -> bool:
 
 
 @contextmanager
-def _in_namespaces(cpus: tuple[int, int, int], environment: dict[str, str]) -> Iterator[Nodes]:
+def _in_namespaces(cpus: tuple[int, ...], environment: dict[str, str]) -> Iterator[Nodes]:
     folder = Path(tempfile.mkdtemp(prefix="videoseg-nodes-", dir="/tmp"))
-    addresses = [f"{SUBNET}.{10 + i}" for i in range(3)]
+    addresses = [f"{SUBNET}.{10 + i}" for i in range(len(cpus))]
     processes = []
     try:
         _ip(f"link add {BRIDGE} type bridge", f"addr add {SUBNET}.1/24 dev {BRIDGE}", f"link set {BRIDGE} up")
@@ -89,7 +96,7 @@ def _in_namespaces(cpus: tuple[int, int, int], environment: dict[str, str]) -> I
 
 
 @contextmanager
-def _of_cluster_utils(cpus: tuple[int, int, int], environment: dict[str, str]) -> Iterator[Nodes]:
+def _of_cluster_utils(cpus: tuple[int, ...], environment: dict[str, str]) -> Iterator[Nodes]:
     """In a process of its own, as a process can have one Ray only."""
     code = (
         "import json, sys; from ray.cluster_utils import Cluster\n"
@@ -121,16 +128,10 @@ def _wait_for(condition: Any, seconds: float = 300.0) -> None:
                 return
         except OSError as error:  # nothing listens yet
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no cluster of three nodes within {seconds:.0f} s: {error}") from error
+                raise TimeoutError(f"no cluster within {seconds:.0f} s: {error}") from error
         if time.monotonic() > deadline:
-            raise TimeoutError(f"no cluster of three nodes within {seconds:.0f} s")
+            raise TimeoutError(f"no cluster within {seconds:.0f} s")
         time.sleep(0.5)
-
-
-def _get(url: str, environment: dict[str, str]) -> bytes:
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"})
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
-        return answer.read()
 
 
 def _ip(*commands: str) -> None:
