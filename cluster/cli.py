@@ -1,7 +1,8 @@
 """The command `videoseg`: parses the command line, reads and checks the configuration, starts what was asked for.
 
 Exit status: 0 done, 2 for an error that the person can mend (one message), 3 where `segment` left a query without a mask, 1 for
-any other error (with its traceback), 130 after Ctrl-C. Everything heavy is imported inside the commands, so that `--help` answers at once.
+any other error (with its traceback), 130 after Ctrl-C; `submit` has its job's. Everything heavy is imported inside the commands, so
+that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     try:
         options = _parse(arguments)
-        options.command(options)
+        status = options.command(options) or 0
         sys.stdout.flush()
-        return 0
+        return status
     except BrokenPipeError:  # the reader (head, less) has left; Python would complain again while it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -70,11 +71,19 @@ def _planned(options: argparse.Namespace, *more: str) -> tuple[Any, Any]:
     from cluster import config, config_resolve, run_folder
 
     recipe, overrides = _recipe_and_overrides(options)
-    hardware = config_resolve.detect_hardware()
-    settings = config_resolve.resolve(config.load(recipe, [*overrides, *more]), hardware)
+    settings = config.load(recipe, [*overrides, *more])
+    hardware = _hardware(settings)
+    settings = config_resolve.resolve(settings, hardware)
     config_resolve.check_hardware(settings, hardware)
     task = "-sft" if settings.run.task == "sft" else ""
     return settings, run_folder.plan(settings.run.dir, settings.run.name, settings.run.recipe + task)
+
+
+def _hardware(settings: Any) -> Any:
+    """Of the cluster that a run joins, or of this machine."""
+    from cluster import ray_cluster
+
+    return ray_cluster.hardware(settings.cluster)
 
 
 def _start(settings: Any, folder: Any) -> None:
@@ -93,7 +102,7 @@ def resume(options: argparse.Namespace) -> None:
 
     folder = run_folder.find(options.run)
     settings, changed = config.load_for_resume(folder.config, options.overrides)
-    hardware = config_resolve.detect_hardware()
+    hardware = _hardware(settings)
     settings = config_resolve.resolve(settings, hardware)
     config_resolve.check_hardware(settings, hardware)
     config_files.locate(settings)
@@ -102,6 +111,32 @@ def resume(options: argparse.Namespace) -> None:
     from cluster import trainer
 
     trainer.train(settings, folder, resume=True)
+
+
+def submit(options: argparse.Namespace) -> int:
+    """Train as a job of a Ray cluster: checks the settings here, sends the job, streams its log until it ends."""
+    from cluster import submit
+
+    env = dict(given.partition("=")[::2] for given in options.env)
+    if unnamed := [given for given in options.env if not given.partition("=")[1]]:
+        raise UserError(f"--env {unnamed[0]} has no value", "write --env NAME=VALUE")
+    around = (options.working_dir, options.name, env)
+    file, overrides = _file_and_overrides(options)
+    if options.resume and file:
+        raise UserError(f"'{file}' is a CONFIG, but a resumed run has its own", "give --resume RUN and key=value settings only")
+    job = submit.resuming_job(options.resume, overrides, *around) if options.resume else submit.training_job(file or DEFAULT_RECIPE, overrides, *around)
+    return submit.submit(job, options.address, wait=not options.no_wait)
+
+
+def status(options: argparse.Namespace) -> None:
+    """Tell how a run is doing: its step, last numbers, newest checkpoint, time left, and what looks wrong."""
+    import json
+    import time
+
+    from cluster import run_folder, status
+
+    found = status.look(run_folder.find(options.run), time.time())
+    print(json.dumps(found, indent=1) if options.json else "\n".join(status.lines(found)))
 
 
 def export(options: argparse.Namespace) -> None:
@@ -370,6 +405,25 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(commands, "resume", resume, "videoseg resume runs/latest loop.steps=80", rule)
     command.add_argument("run", metavar="RUN", help="run folder, or its name below runs/ (also: latest)")
     command.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change, for example loop.steps")
+
+    rule = (
+        "Ray's runtime environment is that of the nodes, with --env and a copy of --working-dir where they are given. Ctrl-C leaves the job\n"
+        "running and says how to look at it, stop it and go on. Exit status: the job's; 130 if it was stopped. docs/cluster.md: how to get\n"
+        "a cluster, and what its nodes must share.\n\n" + _SETTINGS_HELP
+    )
+    command = _add(commands, "submit", submit, "videoseg submit videoseg_r1_7b data.train=/data/train data.evaluation=/data/valid run.dir=/shared/runs", rule)
+    _add_settings(command)
+    command.add_argument("--resume", metavar="RUN", help="go on with this run instead of starting one (CONFIG is then the run's own)")
+    command.add_argument("--address", metavar="URL", help="the cluster's job server (default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265)")
+    command.add_argument("--working-dir", metavar="DIR", help="send a copy of this folder to the nodes: the job runs in it, code in it comes first")
+    command.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="environment variable of the job and all its parts; may be repeated")
+    command.add_argument("--name", metavar="ID", help="the job's id (default: the run's name)")
+    command.add_argument("--no-wait", action="store_true", help="end when the job is submitted")
+
+    rule = "From the run's folder alone, so it works wherever the folder can be seen, with or without Ray."
+    command = _add(commands, "status", status, "videoseg status runs/latest", rule)
+    command.add_argument("run", metavar="RUN", help="run folder, or its name below runs/ (also: latest)")
+    command.add_argument("--json", action="store_true", help="print it as JSON")
 
     rule = "Needs neither a GPU nor the ranks that trained it. Adapters are merged."
     command = _add(commands, "export", export, "videoseg export runs/latest models/my-policy", rule)

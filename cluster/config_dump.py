@@ -52,7 +52,7 @@ def _lines(field: dataclasses.Field, value: Any, comments: bool, indent: str) ->
         inner = [line for f, v in _settings(value) for line in _lines(f, v, comments, indent + "  ")]
         return [f"{indent}{field.name}:", *inner] if inner else [f"{indent}{field.name}: {{}}"]
     note = _note(field) if comments else ""
-    return [f"{indent}{field.name}: {_scalar(value)}" + (f"  # {note}" if note else "")]
+    return [f"{indent}{field.name}: {flow_yaml(value)}" + (f"  # {note}" if note else "")]
 
 
 def _note(field: dataclasses.Field) -> str:
@@ -63,14 +63,14 @@ def _note(field: dataclasses.Field) -> str:
     return f"{text} [{limits}]".strip() if limits else text
 
 
-def _scalar(value: Any) -> str:
+def flow_yaml(value: Any) -> str:
     """A value in YAML's flow style, on one line, in a form that OmegaConf reads back as the same value."""
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_scalar(v) for v in value) + "]"
+        return "[" + ", ".join(flow_yaml(v) for v in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_scalar(k)}: {_scalar(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{flow_yaml(k)}: {flow_yaml(v)}" for k, v in value.items()) + "}"
     if dataclasses.is_dataclass(value):
-        return _scalar({f.name: v for f, v in _settings(value)})
+        return flow_yaml({f.name: v for f, v in _settings(value)})
     # Quoted unless it is a plain word: OmegaConf takes more spellings for numbers than YAML's own writer knows (1e-6).
     style = None if not isinstance(value, str) or _PLAIN_WORD.fullmatch(value) else '"'
     if isinstance(value, str):

@@ -16,7 +16,7 @@ def make_missing_data(config: RunConfig, progress: Callable[[str], None] = print
 
     Raises MissingFileError for what cannot be generated first: nothing is made for a run that cannot start.
     """
-    _raise(file_problems(config))
+    raise_missing(file_problems(config))
     if not _will_generate(config):
         return
     out = paths.place_for(config.data.train).parent
@@ -34,7 +34,7 @@ def locate(config: RunConfig) -> RunConfig:
     Raises MissingFileError that lists everything missing. The run folder keeps the paths as given.
     """
     found, problems = _look(config)
-    _raise(problems)
+    raise_missing(problems)
     return replace(
         _with_models(config, found),
         data=replace(
@@ -51,7 +51,7 @@ def locate(config: RunConfig) -> RunConfig:
 def locate_models(config: RunConfig) -> RunConfig:
     """The same for the models alone: a copy for who segments and does not train."""
     found, problems = _look(config, data=False)
-    _raise(problems)
+    raise_missing(problems)
     return _with_models(config, found)
 
 
@@ -77,7 +77,8 @@ def file_problems(config: RunConfig) -> list[MissingFileError]:
     return [p for p in _look(config)[1] if not (generated and p.message.startswith("data."))]
 
 
-def _raise(problems: list[MissingFileError]) -> None:
+def raise_missing(problems: list[MissingFileError]) -> None:
+    """One error for all of them; nothing where there are none."""
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -97,11 +98,12 @@ def _will_generate(config: RunConfig) -> bool:
 
 def _file_or_name(given: str | None) -> str | None:
     """A file, or else a name that means something inside a package."""
-    return given and str(paths.local_path(given) or given)
+    found = given and paths.local_path(given)
+    return str(found.absolute()) if found else given
 
 
-def _look(config: RunConfig, data: bool = True) -> tuple[dict[str, str], list[MissingFileError]]:
-    """Setting -> what to load for it, and an error for each that is missing."""
+def path_settings(config: RunConfig, data: bool = True) -> list[tuple[str, str, bool]]:
+    """(setting, path given, whether it may be a hub id) of every model and data set that the configuration names; without `data` of models alone."""
     segments = config.run.task == "rl"
     wanted = [("policy.path", config.policy.path, True)]
     wanted += [("segmentation.checkpoint", config.segmentation.checkpoint, True)] if segments else []
@@ -116,8 +118,13 @@ def _look(config: RunConfig, data: bool = True) -> tuple[dict[str, str], list[Mi
         wanted += [(f"data.{name}", given, False) for name in ("train_frames", "evaluation_frames") if (given := getattr(config.data, name)) is not None]
     if data and config.run.task == "sft":
         wanted += [(f"sft.{name}", given, False) for name in ("answers", "evaluation_answers") if (given := getattr(config.sft, name)) is not None]
+    return wanted
+
+
+def _look(config: RunConfig, data: bool = True) -> tuple[dict[str, str], list[MissingFileError]]:
+    """Setting -> what to load for it, and an error for each that is missing."""
     found, problems = {}, []
-    for key, given, allow_hub in wanted:
+    for key, given, allow_hub in path_settings(config, data):
         try:
             found[key] = paths.resolve_path(given, key, allow_hub)
         except MissingFileError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cluster.config import RunConfig
@@ -16,13 +17,32 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Hardware:
-    """What one machine offers. GPU memory and compute capability are those of the weakest GPU; RAM is what this process may use."""
+    """What one machine offers, or the nodes of a cluster together: all their GPUs; memory and compute capability of the weakest GPU, cores and RAM of
+    the weakest node. RAM is what this process may use."""
 
     cuda_devices: int = 0
     cuda_memory_gib: float = 0.0
     cuda_capability: float = 0.0
     cores: int = 1
     ram_gib: float = 4.0
+    nodes: int = 1
+
+    def threads(self, parts: int) -> int:
+        """Cores for each of so many equal parts of a run, at most those of one node."""
+        return max(1, min(self.cores, self.cores * self.nodes // parts))
+
+
+def together(machines: Sequence[Hardware]) -> Hardware:
+    """The nodes of a cluster as one."""
+    with_gpus = [m for m in machines if m.cuda_devices]
+    return Hardware(
+        cuda_devices=sum(m.cuda_devices for m in machines),
+        cuda_memory_gib=min((m.cuda_memory_gib for m in with_gpus), default=0.0),
+        cuda_capability=min((m.cuda_capability for m in with_gpus), default=0.0),
+        cores=min(m.cores for m in machines),
+        ram_gib=min(m.ram_gib for m in machines),
+        nodes=len(machines),
+    )
 
 
 def resolve(config: RunConfig, hardware: Hardware) -> RunConfig:
@@ -47,12 +67,12 @@ def resolve(config: RunConfig, hardware: Hardware) -> RunConfig:
             rollout,
             weight_sync=_decided(rollout.weight_sync, sync),
             # Written down, so that a run's sums are the same wherever it is resumed with as many cores.
-            cpu_threads=rollout.cpu_threads or (max(1, hardware.cores // rollout.engines) if device == "cpu" else 0),
+            cpu_threads=rollout.cpu_threads or (hardware.threads(rollout.engines) if device == "cpu" else 0),
         ),
         segmentation=replace(
             config.segmentation, device=_decided(config.segmentation.device, device), dtype=_decided(config.segmentation.dtype, dtype)
         ),
-        learner=replace(learner, dtype=_decided(learner.dtype, policy_dtype), threads=learner.threads or max(1, hardware.cores // learner.ranks)),
+        learner=replace(learner, dtype=_decided(learner.dtype, policy_dtype), threads=learner.threads or hardware.threads(learner.ranks)),
         cluster=replace(config.cluster, device=device, build=_decided(config.cluster.build, device)),
     )
     problems = weight_sync_problems(resolved)
@@ -68,9 +88,9 @@ def check_hardware(config: RunConfig, hardware: Hardware) -> None:
         raise config_error(problems)
 
 
-def detect_hardware() -> Hardware:
-    """This machine, without importing torch or opening a CUDA context."""
-    gpus = _visible_gpus()
+def detect_hardware(all_gpus: bool = False) -> Hardware:
+    """This machine, without importing torch or opening a CUDA context. `all_gpus`: also those that CUDA_VISIBLE_DEVICES hides."""
+    gpus = _gpus(None if all_gpus else os.environ.get("CUDA_VISIBLE_DEVICES"))
     return Hardware(
         cuda_devices=len(gpus),
         cuda_memory_gib=round(min((memory for memory, _ in gpus), default=0.0), 1),
@@ -95,8 +115,8 @@ def _decided(value: str, automatic: str) -> str:
     return automatic if value == "auto" else value
 
 
-def _visible_gpus() -> list[tuple[float, float]]:
-    """(memory in GiB, compute capability) of each GPU that CUDA_VISIBLE_DEVICES leaves visible."""
+def _gpus(devices: str | None) -> list[tuple[float, float]]:
+    """(memory in GiB, compute capability) of each GPU that this value of CUDA_VISIBLE_DEVICES leaves visible."""
     query = ["nvidia-smi", "--query-gpu=index,uuid,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
@@ -104,7 +124,7 @@ def _visible_gpus() -> list[tuple[float, float]]:
         return []  # no driver, no GPU
     if answer.returncode != 0:
         return []
-    return visible(parse_gpus(answer.stdout), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return visible(parse_gpus(answer.stdout), devices)
 
 
 def parse_gpus(text: str) -> dict[tuple[str, str], tuple[float, float]]:

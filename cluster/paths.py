@@ -21,14 +21,15 @@ def local_path(given: str, root: Path = ROOT) -> Path | None:
 
 
 def resolve_path(given: str, key: str, allow_hub: bool = False, root: Path = ROOT) -> str:
-    """What to load for the setting `key`: an existing path, or `given` itself if it is a model hub's `org/name`.
+    """What to load for the setting `key`: an existing path, absolute because actors elsewhere have another current folder, or
+    `given` itself if it is a model hub's `org/name`.
 
     Raises MissingFileError naming all that was tried. A name whose first part is a folder here (`data/toy`) is a path
     that is missing, never a hub id.
     """
     found = local_path(given, root)
     if found is not None:
-        return str(found)
+        return str(found.absolute())
     if allow_hub and _HUB_ID.fullmatch(given) and local_path(given.split("/")[0], root) is None:
         return given
     path = Path(given).expanduser()

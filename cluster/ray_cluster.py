@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.config_resolve import Hardware, detect_hardware, together
 from cluster.errors import UserError
 from cluster.sections import ClusterConfig
 
@@ -21,6 +24,24 @@ def joined_cluster(config: ClusterConfig) -> Iterator[None]:
     finally:
         if started_here:
             ray.shutdown()
+
+
+def hardware(config: ClusterConfig) -> Hardware:
+    """What a run has to itself: the nodes of the cluster that `cluster.address`, or a job's environment, names; else this machine.
+
+    A cluster is joined for it, and stays joined.
+    """
+    if ray.is_initialized() or (config.address or os.environ.get("RAY_ADDRESS") or "local") == "local":
+        return detect_hardware()
+    join_cluster(config)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    looked_at = ray.get([_look_at_node.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote() for node in nodes], timeout=config.start_seconds)
+    return together([replace(found, cuda_devices=int(node["Resources"].get("GPU", 0))) for node, found in zip(nodes, looked_at)])
+
+
+@ray.remote(num_cpus=0)
+def _look_at_node() -> Hardware:
+    return detect_hardware(all_gpus=True)  # Ray hides the GPUs from a task that asks for none
 
 
 def join_cluster(config: ClusterConfig) -> bool:

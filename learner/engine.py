@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
 import torch
 from torch import nn
 
@@ -37,6 +39,9 @@ def init_distributed(rank: int, world_size: int, master_addr: str, master_port: 
     cuda, deepspeed = torch.cuda.is_available(), import_deepspeed()
     if torch.distributed.is_initialized():
         return
+    # Gloo would listen at the address that the host's name stands for, which on many machines is the loopback's.
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := interface_to(master_addr)):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
     # A shared-memory reduction that DeepSpeed would compile on first use: minutes on a slow machine, and a C++ compiler. Gloo will do.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # A rank has its one GPU to itself (Ray hides the others), hence local rank 0.
@@ -45,6 +50,15 @@ def init_distributed(rank: int, world_size: int, master_addr: str, master_port: 
         dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_seconds),
         init_method=f"tcp://{master_addr}:{master_port}", rank=rank, world_size=world_size,
     )
+
+
+def interface_to(address: str) -> str | None:
+    """The network interface of this machine that leads to `address`; for an address of its own, the one that has it."""
+    family, kind, protocol, _, where = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as s:
+        s.connect(where)  # a route is chosen, nothing is sent
+        own = s.getsockname()[0]
+    return next((name for name, addresses in psutil.net_if_addrs().items() if any(a.address == own for a in addresses)), None)
 
 
 def deepspeed_settings(config: LearnerConfig, world_size: int, dtype: torch.dtype) -> dict:

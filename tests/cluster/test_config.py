@@ -278,6 +278,19 @@ def test_the_paper_recipe_fits_eight_gpus():
     assert resolved.rollout.weight_sync == "ipc"
 
 
+def test_the_nodes_of_a_cluster_count_together():
+    """Two nodes of eight GPUs behind a head without any: sixteen ranks fit, and threads are shared out over all nodes, at most one node's to a part."""
+    node = Hardware(cuda_devices=8, cuda_memory_gib=80, cuda_capability=8.0, cores=64, ram_gib=512)
+    whole = config_resolve.together([Hardware(cores=8, ram_gib=32), node, node])
+    assert whole == Hardware(cuda_devices=16, cuda_memory_gib=80, cuda_capability=8.0, cores=8, ram_gib=32, nodes=3)
+    asked = config.load("videoseg_r1_7b", ["learner.ranks=16", "rollout.engines=16"])
+    assert config_rules.hardware_problems(resolve(asked, whole), whole, "cuda") == []
+    assert [p.key for p in config_rules.hardware_problems(resolve(asked, node), node, "cuda")] == ["learner.ranks", "cluster.gpus_per_engine"]
+    three = config_resolve.together([LAPTOP] * 3)
+    resolved = resolve(config.load("debug", ["rollout.cpu_threads=0", "rollout.engines=3", "learner.ranks=2"]), three)
+    assert (resolved.rollout.cpu_threads, resolved.learner.threads) == (2, 2)
+
+
 def test_the_debug_recipe_uses_the_mask_reward_and_its_budgets_bite():
     c = config.load("debug")
     assert c.reward.needs_predicted_masks and c.reward.length.easy_budget * c.reward.length.budget_scale < c.rollout.max_response_tokens / 2

@@ -14,7 +14,7 @@ def test_paths_as_given_then_from_the_root_then_the_hub(tmp_path, monkeypatch):
     (here / "models" / "b").mkdir(parents=True)
     monkeypatch.chdir(here)
     find = lambda given, hub=True: paths.resolve_path(given, "policy.path", hub, root)
-    assert find("models/b") == "models/b"
+    assert find("models/b") == str(here / "models" / "b")
     assert find("models/a") == str(root / "models" / "a")
     assert find(str(here / "models/b")) == str(here / "models/b")
     assert find("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -73,7 +73,7 @@ def test_an_architecture_is_a_file_or_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     named = "configs/sam2.1/sam2.1_hiera_l.yaml"
     located = config_files.locate(files_config(tmp_path, f"segmentation.model_config={named}", "segmentation.propagation.model_config=own.yaml"))
-    assert (located.segmentation.model_config, located.segmentation.propagation.model_config) == (named, "own.yaml")
+    assert (located.segmentation.model_config, located.segmentation.propagation.model_config) == (named, str(tmp_path / "own.yaml"))
 
 
 def test_missing_data_is_generated_once(tmp_path, monkeypatch):

@@ -15,12 +15,14 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tiny_learner import BANNED, plain_logprobs, random_samples, save_policy
 
 from learner.checkpoint import CheckpointError, export_checkpoint
 from learner.config import LearnerConfig
+from learner.engine import interface_to
 from learner.policy import block_of
 
 HERE = Path(__file__).parent
@@ -205,6 +207,14 @@ def test_export_gives_the_same_logits(folder, world_size):
         for name, parameter in start.named_parameters():
             parameter.copy_(trained[names[name]])
         assert torch.equal(plain_logprobs(exported, sample, 1.0), plain_logprobs(start, sample, 1.0))
+
+
+def test_ranks_listen_where_the_others_look_for_them():
+    """Not on the loopback's interface, but where the address of rank 0 is reached (a host's own name may stand for 127.0.0.1)."""
+    own = [(name, a.address) for name, addresses in psutil.net_if_addrs().items() for a in addresses if a.family == socket.AF_INET]
+    assert ("lo", "127.0.0.1") in own
+    assert [interface_to(address) for _, address in own] == [name for name, _ in own]
+    assert interface_to("localhost") == "lo"
 
 
 def test_tied_head_is_left_out(folder):
