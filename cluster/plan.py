@@ -185,9 +185,9 @@ def activation_bytes(config: RunConfig, size: PolicySize) -> float:
 
 
 def checkpoint_bytes(config: RunConfig, size: PolicySize) -> float:
-    """Weights that learn, the float32 copy of bfloat16 ones, and two moments."""
-    each = number_bytes(config.learner.dtype)
-    return (each + 8 + (4 if each == 2 else 0)) * trained(config, size)
+    """Two moments and float32 weights; and bfloat16 ones, which ZeRO 3 leaves out."""
+    as_trained = 2 if number_bytes(config.learner.dtype) == 2 and config.learner.zero_stage < 3 else 0
+    return (12 + as_trained) * trained(config, size)
 
 
 def gpu_problems(config: RunConfig, parts: list[Part], node: Hardware) -> list[str]:
