@@ -4,7 +4,6 @@ import asyncio
 import random
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
