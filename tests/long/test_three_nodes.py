@@ -20,8 +20,8 @@ from tests.long.nodes import nodes_of
 STEPS = 20
 PARTS = ["rollout.engines=2", "learner.ranks=2", "segmentation.replicas=2", "loop.deterministic=true", "learner.lr_schedule=constant", "eval.ends=false", "rollout.kv_cache_gb=0.1"]
 PARTS += ["learner.threads=1", "cluster.start_seconds=3600", "rollout.sync_timeout_seconds=1500", "loop.score_seconds=1500"]  # however busy the machine is
-PARTS += ["cluster.cpus_per_engine=3", "cluster.cpus_per_learner=2", "cluster.cpus_per_segmenter=0.5"]
-CPUS = (3, 2, 6)  # an engine fills the first node, a rank the second; the others go to the third
+PARTS += ["cluster.cpus_per_engine=4", "cluster.cpus_per_learner=2", "cluster.cpus_per_segmenter=0.5"]
+CPUS = (4, 2, 7)  # there is one way for them to fit: an engine on the first node, a rank on the second, the others on the third
 ROLES = {"RolloutEngine": "engine", "SegmenterActor": "segmenter", "LearnerActor": "learner"}
 
 
