@@ -29,7 +29,7 @@ def group_terms(answers: Sequence[Answer], target: Target, config, predicted_mas
     """
     group = Group(answers, target, config, predicted_masks)
     values = {name: term(group) for name, term in TERMS.items() if getattr(config.weights, name)}
-    comparable = target.masks is not None or not len(target)
+    comparable = predicted_masks is not None and (target.masks is not None or not len(target))
     out = []
     for i, answer in enumerate(answers):
         seen = {"n_predicted": answer.n_items if answer.strict else 0, "n_true": len(target), "box_iou": group.box_iou[i]}
