@@ -1,7 +1,8 @@
 """The command `videoseg`: parses the command line, reads and checks the configuration, starts what was asked for.
 
-Exit status: 0 done, 2 for an error that the person can mend (one message), 1 for any other (with its traceback), 130 after
-Ctrl-C; `submit` has its job's. Everything heavy is imported inside the commands, so that `--help` answers at once.
+Exit status: 0 done, 2 for an error that the person can mend (one message), 3 where `segment` left a query without a mask, 1 for
+any other error (with its traceback), 130 after Ctrl-C; `submit` has its job's. Everything heavy is imported inside the commands, so
+that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster import __version__
+from cluster import __version__, cli_data
+from cluster.cli_parsing import add_command, file_and_overrides
 from cluster.errors import UserError, user_error
 
 DEFAULT_RECIPE = "debug"
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {message}", file=sys.stderr)
         if remedy:
             print(f"remedy: {remedy}", file=sys.stderr)
-        return 2
+        return getattr(error, "status", 2)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -120,7 +122,7 @@ def submit(options: argparse.Namespace) -> int:
     if unnamed := [given for given in options.env if not given.partition("=")[1]]:
         raise UserError(f"--env {unnamed[0]} has no value", "write --env NAME=VALUE")
     around = (options.working_dir, options.name, env)
-    file, overrides = _file_and_overrides(options)
+    file, overrides = file_and_overrides(options)
     if options.resume and file:
         raise UserError(f"'{file}' is a CONFIG, but a resumed run has its own", "give --resume RUN and key=value settings only")
     job = submit.resuming_job(options.resume, overrides, *around) if options.resume else submit.training_job(file or DEFAULT_RECIPE, overrides, *around)
@@ -140,7 +142,7 @@ def status(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write a run's policy as a Hugging Face folder, which transformers and vLLM load."""
-    from cluster import checkpoints, config, paths, run_folder
+    from cluster import checkpoints, config, policies, run_folder
 
     folder = run_folder.find(options.run)
     settings = config.load(folder.config)
@@ -148,13 +150,31 @@ def export(options: argparse.Namespace) -> None:
         checkpoint = checkpoints.latest(folder.checkpoints)[0]
     else:
         checkpoint = checkpoints.load(folder.checkpoints / checkpoints.checkpoint_name(options.step))
-    if Path(options.out).exists():
-        raise UserError(f"there is already something at {options.out}", "give a folder that does not exist yet")
-    policy = paths.resolve_path(settings.policy.path, "policy.path", allow_hub=True)
-    from learner.checkpoint import export_checkpoint
-
-    export_checkpoint(checkpoint.path / "learner", settings.learner, policy, options.out)
+    policies.export_checkpoint(checkpoint.path, settings, Path(options.out))
     print(f"{options.out}: the policy of {folder.path} after step {checkpoint.step}; use it as policy.path, or load it with transformers or vLLM")
+
+
+def segment(options: argparse.Namespace) -> None:
+    """Segment what queries refer to, in a video or in all videos of a folder: masks, a video of them, and the policy's reasoning."""
+    import re
+
+    setting = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=")  # a dot before the equals sign, so that a query may hold one
+    settings, words = ([w for w in options.words if bool(setting.match(w)) == which] for which in (True, False))
+    if not options.batch and len(words) < 2:
+        raise UserError("a video and a query are needed" if words else "no video is given", 'write: videoseg segment clip.mp4 "the red car" --out OUT')
+    from cluster import segment as segmenting
+    from cluster.policies import find_policy
+
+    if options.batch:
+        videos, queries = segmenting.find_videos(Path(options.batch)), words
+    else:
+        videos, queries = [Path(words[0]).expanduser()], words[1:]
+    of_sampler = [s.removeprefix("sampler.") for s in settings if s.startswith("sampler.")]
+    sampling = segmenting.Sampling.of(options.sampler, of_sampler)
+    policy = find_policy(options.policy, options.config, [s for s in settings if not s.startswith("sampler.")])
+    outputs = segmenting.Outputs(png=not options.rle, rle=options.rle, overlay=not options.no_overlay)
+    statuses = segmenting.segment_videos(policy, videos, queries, Path(options.out), sampling, outputs, options.fps)
+    print(segmenting.summary(Path(options.out), statuses))
 
 
 def show_config(options: argparse.Namespace) -> None:
@@ -177,102 +197,27 @@ def show_config(options: argparse.Namespace) -> None:
         print(f"note: `videoseg train` would refuse: {note}", file=sys.stderr)
 
 
-def toy_data(options: argparse.Namespace) -> None:
-    """Generate the toy world's videos and episodes."""
-    out = Path(options.out)
-    if out.exists():
-        raise UserError(f"there is already something at {out}", "give a folder that does not exist yet")
-    from rollout.toy_data import ToyDataConfig, write_toy_data
+def plan(options: argparse.Namespace) -> None:
+    """Print which process would sit where, with its memory, and what does not fit; nothing is started."""
+    from dataclasses import replace
 
-    write_toy_data(out, ToyDataConfig(seed=options.seed))
-    print(f"toy world written to {out}: train on {out}/train, validate on {out}/valid_u, test on {out}/valid")
+    from cluster import config, config_resolve, paths
+    from cluster.plan import plan as planned
 
-
-def import_data(options: argparse.Namespace) -> None:
-    """Import a public benchmark: its queries and masks become Parquet episodes that refer to its frames."""
-    from rollout.importers import driver
-
-    if options.kind not in driver.BENCHMARKS:
-        raise UserError(f"there is no importer {options.kind!r}", f"choose one of {', '.join(driver.BENCHMARKS)}")
-    splits = [s for s in (options.splits or "").split(",") if s]
-    workers = options.workers or os.cpu_count() or 1
-    reports = driver.import_data(options.kind, options.source, options.out, splits, workers, options.keep_suspect)
-    for split, report in reports.items():
-        print(f"{options.out}/{split}: {report['episodes']} episodes of {report['queries']} queries about {report['items']} videos or images")
-        for reason, found in report["skipped_by_reason"].items():
-            print(f"  skipped {found['queries']}: {reason} (such as {found['examples'][0]})")
-        for note in report["notes"]:
-            print(f"  note: {note}")
-    print(f"details are in {options.out}/<split>/report.json; `videoseg data inspect {options.out} --check` looks at the result")
-
-
-def inspect_data(options: argparse.Namespace) -> None:
-    """Print what a data set holds; check it; draw a sheet of its frames, masks and queries; prompt the segmenter with its truth."""
-    from cluster import inspect_data
-
-    given = {name: value for name in ("segmenter", "frames", "drop_below", "out") if (value := getattr(options, name)) is not None}
-    if given and not options.oracle:
-        raise UserError(f"--{next(iter(given)).replace('_', '-')} is for --oracle, which is not given", "add --oracle")
-    if options.oracle:
-        from cluster.inspect_oracle import OracleConfig, inspect
-
-        out = given.pop("out", None)
-        config = OracleConfig(**given)
-    bad, folders, workers = 0, inspect_data.data_folders(Path(options.data)), options.workers or os.cpu_count() or 1
-    for folder in folders:
-        found = inspect_data.look(folder, options.check, workers)
-        print(f"{folder}: " + "\n".join(found.lines()))
-        for what, where in found.problems.items():
-            print(f"  PROBLEM in {len(where)} episodes: {what} (such as {', '.join(where[:3])})")
-        bad += len({name for where in found.problems.values() for name in where})
-    if options.sheet:
-        from cluster.contact_sheet import write_sheet
-
-        print(f"{write_sheet(folders, Path(options.sheet), options.episodes)} episodes drawn to {options.sheet}")
-    if bad:
-        raise UserError(f"{bad} episodes of {options.data} cannot be used as they are", "restore the media, or import the data set again")
-    if options.check:
-        print("checked: no problems")
-    if options.oracle:
-        for folder, report in inspect(folders, config, out and Path(out), workers):
-            print(f"{folder}: " + "\n".join(report.lines()))
-        if out:
-            print(f"what stays is in {out}; report.json there says what went, oracle.jsonl what each target's IoU is on each frame")
-
-
-def difficulty(options: argparse.Namespace) -> None:
-    """Let a vision-language model rate how difficult each query is; writes a copy of the data set with the ratings."""
-    from cluster.config_file import read_settings
-    from cluster.rate_difficulty import RatingConfig, rate_data, summary
-
-    config = RatingConfig(
-        model=options.model,
-        endpoint=options.endpoint,
-        variant=options.variant,
-        frames=options.frames,
-        side=options.side,
-        requests=options.requests,
-        tries=options.tries,
-        max_failures=options.max_failures,
-        api_key=os.environ.get(options.api_key_env, ""),
-        vllm=read_settings(None, options.vllm)[0],
-    )
-    counts = rate_data(Path(options.data), Path(options.out), config, options.only_missing)
-    print(f"rated episodes written to {options.out}: {summary(counts)}")
-
-
-def sample_frames(options: argparse.Namespace) -> None:
-    """Choose the frames that prompts show, and the target frames, by a frozen vision-language model; writes them to a Parquet file."""
-    from cluster import config_dump
-    from cluster.sample_frames import load_settings, sample_data
-
-    file, overrides = _file_and_overrides(options)
-    overrides += [f"{name}={value}" for name in ("sampler", "model") if (value := getattr(options, name)) is not None]
-    settings = load_settings(file, overrides)
-    if options.show:
-        print(config_dump.dump_yaml(settings), end="")
-    else:
-        print(f"{options.out}: {sample_data(Path(options.data), Path(options.out), settings)}")
+    recipe, overrides = _recipe_and_overrides(options)
+    node = config_resolve.detect_hardware()
+    given = {"cuda_devices": options.gpus, "cuda_memory_gib": options.gpu_memory, "cores": options.cores, "ram_gib": options.memory}
+    if options.gpus:
+        given["cuda_memory_gib"], node = options.gpu_memory or node.cuda_memory_gib or 80.0, replace(node, cuda_capability=9.0)
+    node = replace(node, **{name: value for name, value in given.items() if value is not None})
+    settings = config_resolve.resolve(config.load(recipe, overrides), node)
+    if (where := paths.local_path(settings.policy.path)) is not None:
+        settings = replace(settings, policy=replace(settings.policy, path=str(where)))
+    found = planned(settings, node, options.nodes)
+    print(f"{options.nodes} x ({node.cores} cores, {node.ram_gib:g} GiB of RAM" + (f", {node.cuda_devices} GPUs of {node.cuda_memory_gib:g} GiB" if node.cuda_devices else "") + ")")
+    print("\n".join(found.lines()))
+    if found.problems:
+        raise UserError(f"{recipe} does not fit there ({len(found.problems)} problems, above)", "change the settings named, or plan for other machines: --nodes, --gpus, --gpu-memory, --cores, --memory")
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -294,7 +239,7 @@ def serve_segmentation(options: argparse.Namespace) -> None:
     """Serve SAM2 and the propagation of its masks to other programs, by HTTP."""
     from cluster import config_dump, serve_command
 
-    file, overrides = _file_and_overrides(options)
+    file, overrides = file_and_overrides(options)
     settings = serve_command.load_settings(file, overrides, paths=not options.show)
     if options.show:
         print(config_dump.dump_yaml(settings), end="")
@@ -306,7 +251,7 @@ def serve_reward(options: argparse.Namespace) -> None:
     """Serve rewards to other RL stacks, by HTTP."""
     from cluster import config_dump, serve_command
 
-    settings = serve_command.load_reward_settings(*_file_and_overrides(options))
+    settings = serve_command.load_reward_settings(*file_and_overrides(options))
     if options.show:
         print(config_dump.dump_yaml(settings), end="")
     else:
@@ -314,28 +259,19 @@ def serve_reward(options: argparse.Namespace) -> None:
 
 
 def _recipe_and_overrides(options: argparse.Namespace) -> tuple[str, list[str]]:
-    file, overrides = _file_and_overrides(options)
+    file, overrides = file_and_overrides(options)
     return file or DEFAULT_RECIPE, overrides
-
-
-def _file_and_overrides(options: argparse.Namespace) -> tuple[str | None, list[str]]:
-    """CONFIG may be left out, so the first argument is an override if it has an equals sign."""
-    given = list(options.settings)
-    file = given.pop(0) if given and "=" not in given[0] else None
-    stray = [g for g in given if "=" not in g]
-    if stray:
-        raise UserError(f"'{stray[0]}' is not a setting", "give one CONFIG, then key=value settings without spaces round the equals sign")
-    return file, given
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Settings may also stand behind options, where argparse takes no more of them."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and not (hasattr(options, "settings") and all("=" in r and not r.startswith("-") for r in rest)):
+    words = getattr(options, "words", None)  # queries, which may stand there too
+    if rest and (any(r.startswith("-") for r in rest) or words is None and not (hasattr(options, "settings") and all("=" in r for r in rest))):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.settings += rest
+        (options.settings if words is None else words).extend(rest)
     return options
 
 
@@ -349,17 +285,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"videoseg {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    command = _add(commands, "train", train, "videoseg train configs/debug.yaml loop.steps=10 run.name=short", _SETTINGS_HELP)
+    command = add_command(commands, "train", train, "videoseg train configs/debug.yaml loop.steps=10 run.name=short", _SETTINGS_HELP)
     _add_settings(command)
     command.add_argument("--replay", action="append", metavar="PATH", help="train on saved rollouts (a file, a run) without engines; may be repeated")
     command.add_argument("--start", metavar="CHECKPOINT", help="with --replay: a run's checkpoint to begin with, in place of policy.path alone")
 
     rule = "No engines and no segmenter. Settings are those of `videoseg train`, with a section sft; docs/sft.md says which of them count.\n\n" + _SETTINGS_HELP
-    command = _add(commands, "sft", sft, "videoseg sft videoseg_r1_7b data.train=data/mevis/train learner.lr=1e-5", rule)
+    command = add_command(commands, "sft", sft, "videoseg sft videoseg_r1_7b data.train=data/mevis/train learner.lr=1e-5", rule)
     _add_settings(command)
 
     rule = "Settings that would change what was trained so far are refused."
-    command = _add(commands, "resume", resume, "videoseg resume runs/latest loop.steps=80", rule)
+    command = add_command(commands, "resume", resume, "videoseg resume runs/latest loop.steps=80", rule)
     command.add_argument("run", metavar="RUN", help="run folder, or its name below runs/ (also: latest)")
     command.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change, for example loop.steps")
 
@@ -368,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
         "running and says how to look at it, stop it and go on. Exit status: the job's; 130 if it was stopped. docs/cluster.md: how to get\n"
         "a cluster, and what its nodes must share.\n\n" + _SETTINGS_HELP
     )
-    command = _add(commands, "submit", submit, "videoseg submit videoseg_r1_7b data.train=/data/train data.evaluation=/data/valid run.dir=/shared/runs", rule)
+    command = add_command(commands, "submit", submit, "videoseg submit videoseg_r1_7b data.train=/data/train data.evaluation=/data/valid run.dir=/shared/runs", rule)
     _add_settings(command)
     command.add_argument("--resume", metavar="RUN", help="go on with this run instead of starting one (CONFIG is then the run's own)")
     command.add_argument("--address", metavar="URL", help="the cluster's job server (default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265)")
@@ -378,24 +314,50 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--no-wait", action="store_true", help="end when the job is submitted")
 
     rule = "From the run's folder alone, so it works wherever the folder can be seen, with or without Ray."
-    command = _add(commands, "status", status, "videoseg status runs/latest", rule)
+    command = add_command(commands, "status", status, "videoseg status runs/latest", rule)
     command.add_argument("run", metavar="RUN", help="run folder, or its name below runs/ (also: latest)")
     command.add_argument("--json", action="store_true", help="print it as JSON")
 
     rule = "Needs neither a GPU nor the ranks that trained it. Adapters are merged."
-    command = _add(commands, "export", export, "videoseg export runs/latest models/my-policy", rule)
+    command = add_command(commands, "export", export, "videoseg export runs/latest models/my-policy", rule)
     command.add_argument("run", metavar="RUN", help="run folder, or its name below runs/ (also: latest)")
     command.add_argument("out", metavar="OUT", help="folder to make")
     command.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the newest)")
 
-    command = _add(commands, "config", show_config, "videoseg config videoseg_r1_7b learner.zero_stage=2", _SETTINGS_HELP)
+    rule = (
+        "Writes OUT/<video>/<query>/: masks/NNNNN.png (0 background, k object k), overlay.mp4, answer.json. Run it again after an\n"
+        "interruption: what is finished is skipped. Exit status 3: some query got no mask. Settings are those of `videoseg train`;\n"
+        "those that count are in the sections prompt, rollout and segmentation, and sampler.KEY=VALUE for --sampler htfs. docs/segment.md"
+    )
+    command = add_command(commands, "segment", segment, 'videoseg segment clip.mp4 "the red circle" "the largest shape" --out masks', rule)
+    command.usage = "videoseg segment VIDEO QUERY [QUERY ...] --out OUT [key=value ...] [options]"
+    command.add_argument("words", metavar="VIDEO QUERY", nargs="*", help="video file or folder of images, and queries; key=value changes a setting")
+    command.add_argument("--out", required=True, metavar="OUT", help="folder for the results")
+    command.add_argument("--batch", metavar="FOLDER", help="every video of a folder, in place of VIDEO")
+    command.add_argument("--policy", metavar="CKPT", help="a run or its checkpoint, an export, a Hugging Face folder, a hub id (default: the toy policy)")
+    command.add_argument("--config", metavar="CONFIG", help="recipe or YAML file of settings (default: those of the run or export; videoseg_r1_7b; without --policy debug)")
+    command.add_argument("--sampler", default="middle", metavar="NAME", help="target frame: middle (default), first, htfs, or a YAML file of `videoseg sample-frames`")
+    command.add_argument("--rle", action="store_true", help="masks.json of COCO RLEs in place of the PNGs")
+    command.add_argument("--no-overlay", action="store_true", help="write no overlay.mp4")
+    command.add_argument("--fps", type=float, default=24.0, metavar="N", help="frames a second of a folder of images (default 24)")
+
+    command = add_command(commands, "config", show_config, "videoseg config videoseg_r1_7b learner.zero_stage=2", _SETTINGS_HELP)
     _add_settings(command)
     command.add_argument("--plain", action="store_true", help="without the comments")
     command.add_argument("--gpus", type=int, metavar="N", help="as if this machine had N GPUs of 80 GB")
     command.add_argument("--unresolved", action="store_true", help="leave `auto` as it is instead of filling it in for this machine")
 
+    more = "Estimates; docs/plan.md says how they are made.\n\n" + _SETTINGS_HELP
+    command = add_command(commands, "plan", plan, "videoseg plan videoseg_r1_7b --gpus 8 --gpu-memory 80 --cores 64 --memory 512", more)
+    _add_settings(command)
+    command.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the cluster, all alike (default 1)")
+    command.add_argument("--gpus", type=int, metavar="N", help="GPUs of a node (default: as here)")
+    command.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of a GPU (default: as here, else 80)")
+    command.add_argument("--cores", type=int, metavar="N", help="cores of a node (default: as here)")
+    command.add_argument("--memory", type=float, metavar="GIB", help="RAM of a node (default: as here)")
+
     more = "What follows NAME goes to the benchmark; `videoseg bench NAME --help` says what it takes."
-    command = _add(commands, "bench", bench, "videoseg bench segmentation --json segmentation.json", more)
+    command = add_command(commands, "bench", bench, "videoseg bench segmentation --json segmentation.json", more)
     command.add_argument("name", metavar="NAME", help="a script in benchmarks/, such as segmentation")
     command.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
@@ -406,92 +368,12 @@ def _parser() -> argparse.ArgumentParser:
         ("segmentation", serve_segmentation, "videoseg serve segmentation segmentation.checkpoint=facebook/sam2.1-hiera-large 'roots=[videos]'"),
         ("reward", serve_reward, "videoseg serve reward reward.preset=vision_reasoner replicas=4"),
     ):
-        command = _add(kinds, name, function, example, rule)
+        command = add_command(kinds, name, function, example, rule)
         command.add_argument("settings", metavar="[CONFIG] key=value", nargs="*", help="YAML file of settings, and changes to it")
         command.add_argument("--show", action="store_true", help="print the settings with their meaning, and end")
 
-    data = commands.add_parser("data", help="Make or import episodes.", description="Make or import episodes.")
-    kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    command = _add(kinds, "toy", toy_data, "videoseg data toy data/toy", "Writes Parquet episodes and JPEG frames for train, validation and test.")
-    command.add_argument("out", metavar="OUT", help="folder to make")
-    command.add_argument("--seed", type=int, default=0, help="seed of the world (default 0)")
-
-    rule = (
-        "Training and evaluation take the file as data.train_frames and data.evaluation_frames. Run it again after an interruption or a\n"
-        "change: an episode is sampled anew only if something that its sample depends on has changed."
-    )
-    example = "videoseg sample-frames data/valid frames/valid.parquet --model Qwen/Qwen2.5-VL-7B-Instruct htfs.intervals=8"
-    command = _add(commands, "sample-frames", sample_frames, example, rule)
-    command.add_argument("data", metavar="DATA", help="episodes: a folder with Parquet shards, or one file")
-    command.add_argument("out", metavar="OUT", help="file to write")
-    command.add_argument("settings", metavar="[CONFIG] key=value", nargs="*", help="YAML file of settings, and changes to it")
-    command.add_argument("--sampler", metavar="NAME", help="htfs (default), or for comparison uniform, middle, first, random, oracle")
-    command.add_argument("--model", help="model that htfs asks: a Hugging Face folder or a hub id")
-    command.add_argument("--show", action="store_true", help="print the settings with their meaning, and end")
-
-    more = (
-        "KIND is revos, mevis, ref_youtube_vos, ref_davis17, reasonvos, reasonseg, refcoco, refcoco+, refcocog or visionreasoner (the\n"
-        "training sets of Seg-Zero and VisionReasoner). SRC is laid out as its authors do; docs/data.md shows each. Frames stay where they\n"
-        "are. Run it again after an interruption: whole shards are kept. OUT/SPLIT/report.json says what was left out, and why."
-    )
-    command = _add(kinds, "import", import_data, "videoseg data import mevis downloads/mevis data/mevis", more)
-    command.add_argument("kind", metavar="KIND", help="the benchmark")
-    command.add_argument("source", metavar="SRC", help="folder that holds it")
-    command.add_argument("out", metavar="OUT", help="folder for the episodes: OUT/train and so on")
-    command.add_argument("--splits", metavar="A,B", help="splits to import (default: all that are there)")
-    command.add_argument("--workers", type=int, metavar="N", help="processes (default: one a CPU)")
-    command.add_argument("--keep-suspect", action="store_true", help="keep, in train too, masks of a release that are known to be doubtful")
-
-    more = (
-        "DATA may also be a folder of splits. With --check the exit status is 2 if any episode cannot be used. --oracle shows the segmenter\n"
-        "each target's true box and point, as a right answer would, and compares its mask with the true one. With --out a copy is written\n"
-        "without the episodes of which it misses a target; run it again after an interruption: it goes on."
-    )
-    command = _add(kinds, "inspect", inspect_data, "videoseg data inspect data/mevis/train --check --sheet mevis.png --oracle", more)
-    command.add_argument("data", metavar="DATA", help="episodes: a folder with Parquet shards, or one file")
-    command.add_argument("--check", action="store_true", help="compare every episode with its media: sizes, masks, boxes, points, ids")
-    command.add_argument("--sheet", metavar="FILE.png", help="draw some episodes with their masks")
-    command.add_argument("--episodes", type=int, default=12, metavar="N", help="episodes on the sheet (default 12)")
-    command.add_argument("--workers", type=int, metavar="N", help="processes (default: one a CPU)")
-    command.add_argument("--oracle", action="store_true", help="report the segmenter's IoU where it is prompted with the truth")
-    command.add_argument("--segmenter", metavar="SAM2", help="its folder or hub id (default facebook/sam2.1-hiera-large)")
-    command.add_argument("--frames", type=int, metavar="N", help="most frames a target, evenly (default: all on which it has a mask)")
-    command.add_argument("--drop-below", type=float, metavar="IOU", help="mean IoU over its frames under which a target is missed (default 0.6)")
-    command.add_argument("--out", metavar="OUT", help="folder for a copy without the episodes of which a target is missed")
-
-    more = (
-        "vLLM runs the model here, on the GPUs of this machine or its CPU; with --endpoint any OpenAI-compatible service that takes\n"
-        "images is asked instead. Run it again after an interruption: replies are kept in OUT/ratings.jsonl, and no question is asked twice."
-    )
-    example = "videoseg data difficulty data/train data/train_rated --model Qwen/Qwen2.5-VL-72B-Instruct --vllm tensor_parallel_size=4"
-    command = _add(kinds, "difficulty", difficulty, example, more)
-    command.add_argument("data", metavar="DATA", help="episodes: a folder with Parquet shards, or one file")
-    command.add_argument("out", metavar="OUT", help="folder for the rated copy; its episodes refer to the same videos")
-    command.add_argument("--model", required=True, help="checkpoint folder or hub id; with --endpoint the name that it knows")
-    command.add_argument("--endpoint", metavar="URL", help="ask a service: base URL, usually ending in /v1")
-    command.add_argument("--vllm", action="append", default=[], metavar="KEY=VALUE", help="argument of vLLM's engine, such as max_model_len=16384; may be repeated")
-    variants = ("videoseg_r1", "pixelthink")
-    command.add_argument("--variant", choices=variants, default=variants[0], help="five aspects (VideoSeg-R1, default) or three (PixelThink)")
-    command.add_argument("--only-missing", action="store_true", help="leave episodes alone that have a difficulty")
-    command.add_argument("--frames", type=int, default=8, help="frames shown, evenly over the video (default 8)")
-    command.add_argument("--side", type=int, default=448, help="longest side of a frame as shown, pixels (default 448)")
-    command.add_argument("--requests", type=int, help="requests in flight (default 64, with --endpoint 8)")
-    command.add_argument("--tries", type=int, default=4, help="requests an episode before it is left unrated (default 4)")
-    command.add_argument("--max-failures", type=int, default=20, help="unrated episodes of a shard before the command stops (default 20)")
-    command.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the key (default OPENAI_API_KEY)")
+    cli_data.add_to(commands)
     return parser
-
-
-def _add(commands: Any, name: str, function: Any, example: str, more: str = "") -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        name,
-        help=function.__doc__,
-        description=function.__doc__,
-        epilog=f"{more}\n\nexample: {example}".strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(command=function)
-    return command
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:

@@ -63,8 +63,8 @@ def find_recipe(name: str | Path) -> Path:
     raise ConfigError(f"there is no configuration file '{name}'", f"{hint}the project's own recipes are {', '.join(configs.names())}")
 
 
-def _recipe_files(file: str | Path) -> list[tuple[DictConfig, dict[str, Source]]]:
-    """Values and sources of the recipe's base, if it names one by `extends:`, then of the recipe itself."""
+def _recipe_files(file: str | Path, above: tuple[Path, ...] = ()) -> list[tuple[DictConfig, dict[str, Source]]]:
+    """Values and sources of the recipe's base, if it names one by `extends:` (which may have a base too), then of the recipe itself."""
     path = find_recipe(file)
     recipe = _read_yaml(path)
     base = recipe[0].get(EXTENDS)
@@ -75,10 +75,9 @@ def _recipe_files(file: str | Path) -> list[tuple[DictConfig, dict[str, Source]]
     base_path = path.parent / base
     if not base_path.is_file():
         raise ConfigError(f"{path}: extends '{base}', but there is no file {base_path}", "the name is relative to the file that holds it")
-    below = _read_yaml(base_path)
-    if EXTENDS in below[0]:
-        raise ConfigError(f"{path} extends {base_path}, which itself extends another file", "one level is allowed: merge the two bases into one")
-    return [below, recipe]
+    if base_path.resolve() in (*above, path.resolve()):
+        raise ConfigError(f"{path} extends {base_path}, which extends it", "a recipe's bases must end somewhere")
+    return [*_recipe_files(base_path, (*above, path.resolve())), recipe]
 
 
 def _read_yaml(path: Path) -> tuple[DictConfig, dict[str, Source]]:

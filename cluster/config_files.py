@@ -35,6 +35,27 @@ def locate(config: RunConfig) -> RunConfig:
     """
     found, problems = _look(config)
     raise_missing(problems)
+    return replace(
+        _with_models(config, found),
+        data=replace(
+            config.data,
+            train=_located_train(config.data.train, found),
+            evaluation=found["data.evaluation"],
+            train_frames=found.get("data.train_frames"),
+            evaluation_frames=found.get("data.evaluation_frames"),
+        ),
+        sft=replace(config.sft, answers=found.get("sft.answers"), evaluation_answers=found.get("sft.evaluation_answers")),
+    )
+
+
+def locate_models(config: RunConfig) -> RunConfig:
+    """The same for the models alone: a copy for who segments and does not train."""
+    found, problems = _look(config, data=False)
+    raise_missing(problems)
+    return _with_models(config, found)
+
+
+def _with_models(config: RunConfig, found: dict[str, str]) -> RunConfig:
     propagation = config.segmentation.propagation
     return replace(
         config,
@@ -47,14 +68,6 @@ def locate(config: RunConfig) -> RunConfig:
                 propagation, checkpoint=found.get("segmentation.propagation.checkpoint"), model_config=_file_or_name(propagation.model_config)
             ),
         ),
-        data=replace(
-            config.data,
-            train=_located_train(config.data.train, found),
-            evaluation=found["data.evaluation"],
-            train_frames=found.get("data.train_frames"),
-            evaluation_frames=found.get("data.evaluation_frames"),
-        ),
-        sft=replace(config.sft, answers=found.get("sft.answers"), evaluation_answers=found.get("sft.evaluation_answers")),
     )
 
 
@@ -89,27 +102,29 @@ def _file_or_name(given: str | None) -> str | None:
     return str(found.absolute()) if found else given
 
 
-def path_settings(config: RunConfig) -> list[tuple[str, str, bool]]:
-    """(setting, path given, whether it may be a hub id) of every model and data set that the configuration names."""
+def path_settings(config: RunConfig, data: bool = True) -> list[tuple[str, str, bool]]:
+    """(setting, path given, whether it may be a hub id) of every model and data set that the configuration names; without `data` of models alone."""
     segments = config.run.task == "rl"
     wanted = [("policy.path", config.policy.path, True)]
     wanted += [("segmentation.checkpoint", config.segmentation.checkpoint, True)] if segments else []
     train = config.data.train
-    wanted += [("data.train", train, False)] if isinstance(train, str) else [(f"data.train[{i}].path", s.path, False) for i, s in enumerate(train)]
-    wanted.append(("data.evaluation", config.data.evaluation, False))
+    if data:
+        wanted += [("data.train", train, False)] if isinstance(train, str) else [(f"data.train[{i}].path", s.path, False) for i, s in enumerate(train)]
+        wanted.append(("data.evaluation", config.data.evaluation, False))
     propagation = config.segmentation.propagation
     if segments and propagation.checkpoint is not None:
         wanted.append(("segmentation.propagation.checkpoint", propagation.checkpoint, propagation.method == "sam2"))
-    wanted += [(f"data.{name}", given, False) for name in ("train_frames", "evaluation_frames") if (given := getattr(config.data, name)) is not None]
-    if config.run.task == "sft":
+    if data:
+        wanted += [(f"data.{name}", given, False) for name in ("train_frames", "evaluation_frames") if (given := getattr(config.data, name)) is not None]
+    if data and config.run.task == "sft":
         wanted += [(f"sft.{name}", given, False) for name in ("answers", "evaluation_answers") if (given := getattr(config.sft, name)) is not None]
     return wanted
 
 
-def _look(config: RunConfig) -> tuple[dict[str, str], list[MissingFileError]]:
+def _look(config: RunConfig, data: bool = True) -> tuple[dict[str, str], list[MissingFileError]]:
     """Setting -> what to load for it, and an error for each that is missing."""
     found, problems = {}, []
-    for key, given, allow_hub in path_settings(config):
+    for key, given, allow_hub in path_settings(config, data):
         try:
             found[key] = paths.resolve_path(given, key, allow_hub)
         except MissingFileError as error:

@@ -57,7 +57,8 @@ def resolve(config: RunConfig, hardware: Hardware) -> RunConfig:
         dtype = "float32"  # all that the deterministic mode promises anything for
     policy_dtype = _decided(config.policy.dtype, dtype)
     rollout, learner = config.rollout, config.learner
-    shared = rollout.engines * rollout.tensor_parallel <= learner.ranks
+    on_one_gpu = config.cluster.gpus_per_engine + config.cluster.gpus_per_learner <= 1 + 1e-6
+    shared = on_one_gpu and rollout.tensor_parallel == 1 and rollout.engines <= learner.ranks
     sync = "object_store" if device == "cpu" else "ipc" if shared else "nccl"
     resolved = replace(
         config,

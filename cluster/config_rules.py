@@ -128,6 +128,12 @@ def combination_problems(config: RunConfig) -> list[Problem]:
         "set loop.max_staleness=0 and loop.wait_for=1, or loop.deterministic=false",
     )
     refuse(
+        rollout.sleep and loop.max_staleness > 0,
+        "rollout.sleep",
+        f"is true, but with loop.max_staleness={loop.max_staleness} engines generate while the learner works",
+        "set loop.max_staleness=0, or rollout.sleep=false and GPUs of their own for engines and learner",
+    )
+    refuse(
         loop.group_seconds <= rollout.sync_timeout_seconds,
         "loop.group_seconds",
         f"{loop.group_seconds:g} is not above rollout.sync_timeout_seconds={rollout.sync_timeout_seconds:g}, for which an engine may pause in the middle of a group",
@@ -229,6 +235,11 @@ def weight_sync_problems(config: RunConfig) -> list[Problem]:
     method, engine_gpus = config.rollout.weight_sync, config.rollout.engines * config.rollout.tensor_parallel
     if config.cluster.device == "cpu" and method != "object_store":
         return [Problem("rollout.weight_sync", f"is {method}, which needs CUDA", "use object_store or auto on a CPU")]
+    if method == "ipc" and config.rollout.tensor_parallel > 1:
+        return [Problem("rollout.weight_sync", f"is ipc, which needs engines of one GPU each, but rollout.tensor_parallel={config.rollout.tensor_parallel}", "use nccl (or auto)")]
+    if method == "nccl" and config.learner.ranks > 1 and config.cluster.gpus_per_learner <= 0.5:
+        share = f"is {config.cluster.gpus_per_learner:g} with rollout.weight_sync=nccl and {config.learner.ranks} ranks, so two could sit on one GPU, which NCCL refuses"
+        return [Problem("cluster.gpus_per_learner", share, "use 1")]
     if method == "ipc" and engine_gpus > config.learner.ranks:
         return [
             Problem(

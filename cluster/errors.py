@@ -17,8 +17,10 @@ class UserError(Exception):
     """Something that the person who started the command can put right.
 
     `message` names the value at fault, `remedy` says what to do about it. Both survive pickling, so the error may
-    cross a process boundary.
+    cross a process boundary. `status` is the command's exit status.
     """
+
+    status = 2
 
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message, remedy)
@@ -55,6 +57,12 @@ class RunFailed(UserError):
 
 class PartLost(RunFailed):
     """A part of the run died or hangs, and the others cannot go on without it; the run can, from its last checkpoint."""
+
+
+class SomeWithoutMask(UserError):
+    """`videoseg segment` has done what it could, but not every query got a mask."""
+
+    status = 3
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

@@ -1,7 +1,8 @@
 """Which process sits where: one placement group that holds the rollout engines, the segmenters and the learner's ranks.
 
-The sizes come from the configuration, so a laptop and a node of GPUs differ in numbers only. On one GPU all parts share it
-(colocated); every bundle then holds a fraction of it.
+The sizes come from the configuration, so a laptop and a node of GPUs differ in numbers only. Where weights go from learner to engine within a GPU
+(`ipc`), the n-th engine and the n-th rank must share one: they sit in a bundle of a whole GPU, segmenters beside them (colocated). Else every part
+has a bundle of its own.
 """
 
 from __future__ import annotations
@@ -66,22 +67,48 @@ def _end_process(pid: int) -> None:
 ROLES = ("engine", "segmenter", "learner")
 
 
-def bundles(config: RunConfig, roles: Collection[str] = ROLES) -> list[tuple[str, dict[str, float]]]:
-    """What every actor reserves, as (role, resources): engines first, then segmenters, then learner ranks."""
-    c = config.cluster
+@dataclass(frozen=True)
+class Seat:
+    """What an actor reserves, and the bundle that it does so in."""
+
+    role: str
+    number: int
+    bundle: int
+    cpus: float
+    gpus: float
+
+
+def seats(config: RunConfig, roles: Collection[str] = ROLES) -> list[Seat]:
+    """Of all actors: engines first, then segmenters, then learner ranks."""
+    c, cuda = config.cluster, config.cluster.device == "cuda"
     parts = {
-        "engine": (config.rollout.engines, c.cpus_per_engine, c.gpus_per_engine),
+        "engine": (config.rollout.engines, c.cpus_per_engine, max(c.gpus_per_engine, config.rollout.tensor_parallel if config.rollout.tensor_parallel > 1 else 0)),
         "segmenter": (config.segmentation.replicas, c.cpus_per_segmenter, c.gpus_per_segmenter),
         "learner": (config.learner.ranks, c.cpus_per_learner, c.gpus_per_learner),
     }
-    gpus = c.device == "cuda"
-    return [(role, {"CPU": cpu} | ({"GPU": gpu} if gpus and gpu else {})) for role, (count, cpu, gpu) in parts.items() if role in roles for _ in range(count)]
+    shared = max(config.rollout.engines, config.learner.ranks) if cuda and config.rollout.weight_sync == "ipc" else None
+    found: list[Seat] = []
+    for role, (count, cpus, gpus) in parts.items():
+        if role in roles:
+            found += [Seat(role, n, n % shared if shared else len(found) + n, cpus, gpus if cuda else 0.0) for n in range(count)]
+    return found
+
+
+def bundles(config: RunConfig, roles: Collection[str] = ROLES) -> list[dict[str, float]]:
+    """Resources of every bundle of the placement group."""
+    found: dict[int, dict[str, float]] = {}
+    for seat in seats(config, roles):
+        bundle = found.setdefault(seat.bundle, {"CPU": 0.0})
+        bundle["CPU"] += seat.cpus
+        if seat.gpus:
+            bundle["GPU"] = 1.0 if config.rollout.weight_sync == "ipc" else seat.gpus
+    return [found[n] for n in sorted(found)]
 
 
 async def start_actors(config: RunConfig, banned_token_ids: Sequence[int], roles: Collection[str] = ROLES) -> Actors:
     """The actors of these roles, loaded and ready; `config` is resolved and its paths can be loaded. Raises `RunFailed` where the cluster has too little room or a part does not start in time."""
-    wanted = bundles(config, roles)
-    group = placement_group([resources for _, resources in wanted], strategy="PACK")
+    places, wanted = {(seat.role, seat.number): seat for seat in seats(config, roles)}, bundles(config, roles)
+    group = placement_group(wanted, strategy="PACK")
     limit = config.cluster.start_seconds
     try:
         await asyncio.wait_for(_result(group.ready()), limit)
@@ -93,11 +120,11 @@ async def start_actors(config: RunConfig, banned_token_ids: Sequence[int], roles
         ) from error
 
     def options(role: str, number: int) -> dict[str, Any]:
-        index = [i for i, (r, _) in enumerate(wanted) if r == role][number]
+        seat = places[role, number]
         return dict(
-            num_cpus=wanted[index][1]["CPU"],
-            num_gpus=wanted[index][1].get("GPU", 0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+            num_cpus=seat.cpus,
+            num_gpus=seat.gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=seat.bundle),
             runtime_env={"env_vars": ENVIRONMENT},
         )
 
@@ -122,7 +149,7 @@ async def start_actors(config: RunConfig, banned_token_ids: Sequence[int], roles
             return RolloutEngineActor.options(**placed).remote(config.policy.path, config.rollout, **engine_options)
         return SegmenterActor.options(**placed).remote(config.segmentation) if role == "segmenter" else ray.remote(LearnerActor).options(**placed).remote()
 
-    count = Counter(role for role, _ in wanted)
+    count = Counter(role for role, _ in places)
     actors = Actors(group, new, *([new(role, number) for number in range(count[role])] for role in ROLES))
     try:
         return await asyncio.wait_for(_ready(actors, learner_arguments), limit)

@@ -16,13 +16,15 @@ from ray.exceptions import RayActorError
 from rollout.engine import EngineBroken
 
 from cluster.errors import PartLost, RunFailed
+from cluster.timeline import Timeline
 
 LOST = (RayActorError, EngineBroken, asyncio.TimeoutError)
 
 
 class Replicas:
     """`actors` are ready; the list is kept up to date. `kill` ends one that is lost, `start(number)` gives another, ready, in its place, `join` gets it before its
-    first call. A replica of which nothing is heard for `seconds`, though calls wait for it, is taken for hung. After `restarts` losses the next one ends the run."""
+    first call. A replica of which nothing is heard for `seconds`, though calls wait for it, is taken for hung. After `restarts` losses the next one ends the run; whoever
+    sees it make progress sets `losses` back to 0."""
 
     def __init__(
         self,
@@ -34,9 +36,11 @@ class Replicas:
         seconds: float,
         restarts: int,
         note: Callable[[str], None],
+        timeline: Timeline,
     ) -> None:
         self.what, self.actors, self.kill, self.start, self.join = what, actors, kill, start, join
         self.seconds, self.restarts, self.note, self.losses = seconds, restarts, note, 0
+        self.timeline = timeline
         self.down: dict[int, asyncio.Task[None]] = {}
         self._heard: dict[Any, float] = {}  # when a call ended last, by actor
 
@@ -50,7 +54,8 @@ class Replicas:
             place = await self._serving(number % len(self.actors), only)
             actor = self.actors[place]
             try:
-                return await self._answer(actor, getattr(actor, method).remote(*arguments))
+                with self.timeline.span(f"{self.what} {place}", method, number=number):
+                    return await self._answer(actor, getattr(actor, method).remote(*arguments))
             except LOST as error:
                 self._lose(place, actor, error)
                 last = error
@@ -104,7 +109,7 @@ class Replicas:
         self.losses += 1
         why = described(error, self.seconds)
         if self.losses > self.restarts:
-            raise RunFailed(f"{self.what} {place} is lost, after {self.restarts} others in this run: {why}", "look into its log, or raise loop.max_restarts and resume") from error
+            raise RunFailed(f"{self.what} {place} is lost, after {self.restarts} others since the last checkpoint: {why}", "look into its log, or raise loop.max_restarts and resume") from error
         self.note(f"warning: {self.what} {place} is lost and starts again: {why}")
         self.kill(actor)
 

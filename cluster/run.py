@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Awaitable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -38,6 +38,8 @@ from cluster.replicas import LOST, Replicas, described
 from cluster.rollout_rows import rollout_rows
 from cluster.run_folder import RunFolder
 from cluster.scoring import ScoredGroup, score_group
+from cluster.timeline import FILE as TRACE
+from cluster.timeline import Timeline
 from cluster.weight_sync import OBJECT_STORE, connect, sync_weights
 
 DIFFICULTY = "difficulty.json"  # in a checkpoint
@@ -72,7 +74,8 @@ class Run:
         self.ledger, self.ahead = Ledger(self.folder.path / LEDGER), DrawsAhead(self.draws)
         self.pipeline = Pipeline(loop, self.config.rollout.prompts_per_step, self.ledger, self.ahead, self._begin)
         self.weights = asyncio.Lock()  # held while the learner's weights differ from those of version `step`
-        kill, restarts = self.actors.kill, (loop.max_restarts, self.progress.note)
+        self.timeline = Timeline(self.folder.path / TRACE)
+        kill, restarts = self.actors.kill, (loop.max_restarts, self.progress.note, self.timeline)
         self.engines = Replicas("engine", self.actors.engines, kill, self._start_engine, self._join, loop.group_seconds, *restarts)
         self.segmenters = Replicas("segmenter", self.actors.segmenters, kill, partial(self._started, "segmenter"), None, loop.score_seconds, *restarts)
 
@@ -169,8 +172,8 @@ class Run:
     async def score(self, draw: Draw, completions: list, masks: bool, online: OnlineDifficulty | None) -> ScoredGroup:
         config = self.config
         video = config.reward.needs_video_masks
-        segment = partial(self.segmenters.call, draw.position, "segment_group") if masks or video or config.reward.needs_predicted_masks else None
-        propagate = partial(self.segmenters.call, draw.position, "propagate_group") if video else None
+        segment = partial(self.segmenters.call, draw.position, "segment_group", tries=2) if masks or video or config.reward.needs_predicted_masks else None
+        propagate = partial(self.segmenters.call, draw.position, "propagate_group", tries=2) if video else None
         tokenizer = self.draws.builder.tokenizer
         think_tokens = [len(tokenizer(think_text(c.text), add_special_tokens=False)["input_ids"]) for c in completions]
         return await score_group(draw, completions, think_tokens, config.reward, segment, propagate, config.loop.score_tries, online)
@@ -179,6 +182,11 @@ class Run:
         """How completions are drawn, with the two largest log-probs where a reward term asks how uncertain the policy was."""
         sampling = self.config.rollout.sampling()
         return replace(sampling, top_logprobs=2) if self.config.reward.needs_uncertainty else sampling
+
+    async def sleep(self) -> None:
+        """Engines give the memory of the GPUs that they share to the learner, where `rollout.sleep` says so. The sync wakes them."""
+        if self.config.rollout.sleep and self.config.cluster.device == "cuda":
+            await gather([engine.sleep.remote(2) for engine in self.engines.up])
 
     async def sync(self, version: int) -> dict[str, float]:
         """All engines that are up serve the learner's weights as `version`. Where one is lost meanwhile, all are started again: a half-loaded one must not serve.
@@ -269,6 +277,7 @@ class Run:
                 raise CheckpointError(f"the checkpoint of step {self.step} cannot be written: {error}", f"make room, then `videoseg resume {self.folder.path}`") from error
             checkpoints.keep_last(self.folder.checkpoints, self.config.loop.keep_checkpoints, protect=(self.best_step(),))
         self.saved = self.step
+        self.engines.losses = self.segmenters.losses = 0  # those before count no more
         self.progress.restart_clock()
 
     def best_step(self) -> int | None:
@@ -283,10 +292,12 @@ class Run:
     def due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
 
-    def stage(self, name: str) -> AbstractContextManager[Any]:
-        """Times a stage of the step, and shows it."""
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times a stage of the step, shows it, and puts it into the timeline."""
         self.progress.stage(name)
-        return self.times.stage(name)
+        with self.times.stage(name), self.timeline.span("loop", name, version=self.step):
+            yield
 
     def summary(self, seconds: float, after: dict[str, float] | None, stopped: str) -> str:
         """The last line of a run: held-out before and after, or the first and last training steps of a run that was stopped."""
@@ -301,6 +312,7 @@ class Run:
         self.engines.close()
         self.segmenters.close()
         self.metrics.close()
+        self.timeline.write()
         stop_actors(self.actors)
 
 

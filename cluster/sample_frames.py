@@ -10,7 +10,8 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,15 +68,22 @@ class Report:
 
 def sample_data(data: Path, out: Path, config: SampleFramesConfig) -> Report:
     """Writes `out`, one row per episode of `data`."""
+    with sampler_for(config) as make:
+        return sample_with(make, data, out, config.batch)
+
+
+@contextmanager
+def sampler_for(config: SampleFramesConfig) -> Iterator[Callable[[list[Episode]], FrameSampler]]:
+    """What makes the configured sampler for some episodes; a model behind it starts when it is first asked and ends with the context."""
     if config.sampler != "htfs":
-        shown = config.key_frames + config.reference_frames
-        return sample_with(lambda episodes: Baseline(config.sampler, episodes, shown, config.seed), data, out, config.batch)
+        yield lambda episodes: Baseline(config.sampler, episodes, config.key_frames + config.reference_frames, config.seed)
+        return
     from rollout.htfs_vllm import FrozenModel
 
     folder = model_folder(config.model)
     model = FrozenModel(folder, config.htfs, config.rollout, dtype=config.dtype, device=config.device)
     try:
-        return sample_with(lambda episodes: htfs_sampler(config, folder, model), data, out, config.batch)
+        yield lambda episodes: htfs_sampler(config, folder, model)
     finally:
         model.close()
 

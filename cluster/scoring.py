@@ -25,6 +25,7 @@ from segmentation_service.segmenter import ObjectPrompt
 from segmentation_service.video import Video, VideoError
 
 from cluster.draws import BrokenEpisode, Draw
+from cluster.errors import PartLost
 
 SegmentGroup = Callable[[np.ndarray, list[list[ObjectPrompt]]], Awaitable[list[list[dict]]]]
 PropagateGroup = Callable[[Video, int, list[list[dict]], list[int]], Awaitable[list[dict[int, list[dict]]]]]
@@ -88,6 +89,8 @@ async def score_group(
             tracks = await _retried(lambda: propagate(draw.video, prompt.target_frame, masks, annotated), tries)
     except VideoError as error:
         return replace(group, failure=str(error), broken=BrokenEpisode.of(draw.episode, error))
+    except PartLost as error:  # it was tried again already, at the cost of a segmenter each time
+        return replace(group, failure=str(error))
     except Exception as error:  # whatever the service raised is the cause that the run reports
         return replace(group, failure=f"segmentation failed {tries} times, last: {type(error).__name__}: {error}")
     decoded = predicted = None if masks is None else [_decode(m, draw.target.image_size) for m in masks]
@@ -129,7 +132,7 @@ async def _retried(call: Callable[[], Awaitable], tries: int):
     for attempt in range(tries):
         try:
             return await call()
-        except VideoError:
+        except (VideoError, PartLost):
             raise
         except Exception:
             if attempt == tries - 1:

@@ -142,7 +142,7 @@ class LoopConfig:
     )
     max_restarts: int = field(
         default=3,
-        metadata={"help": "How often engines that died or hang are started again in a run, how often segmenters, and how often all parts, from the last checkpoint, where a learner did.", "min": 0},
+        metadata={"help": "How often, between two checkpoints, engines that died or hang are started again, how often segmenters, and how often all parts, from the last checkpoint, where a learner did.", "min": 0},
     )
     group_seconds: float = field(default=1800.0, metadata={"help": "An engine that finishes no group for so long, while some wait for it, counts as hung.", "above": 0.0})
     learn_seconds: float = field(default=3600.0, metadata={"help": "Longest wait for an update or a checkpoint, after which the learner counts as hung.", "above": 0.0})

@@ -91,6 +91,7 @@ async def learn(run: SftRun, draws: list[Draw]) -> None:
         loss = {"sft/loss": learned["policy_loss"]}
         values = loss | answer_metrics(draws) | left_out_metrics([b.kind for b in run.broken]) | of_learner | run.times.metrics(learned["response_tokens"])
         run.metrics.write(step, values)
+    run.timeline.write()
     run.step, run.skipped_in_a_row = step, int(learned["skipped_in_a_row"])
     run.progress.step(step, values)
     run.note_broken(f"step {step}", run.broken)

@@ -34,7 +34,7 @@ from cluster.update import update
 def train(config: RunConfig, folder: RunFolder, resume: bool = False) -> None:
     """Runs a resolved configuration to its last step in `folder`; with `resume`, from the folder's last checkpoint.
 
-    Where a learner is lost, all parts start again from the last checkpoint, `loop.max_restarts` times at most.
+    Where a learner is lost, all parts start again from the last checkpoint, `loop.max_restarts` times at most from the same one.
     """
     located = config_files.locate(config)
     checkpoint = checkpoints.latest(folder.checkpoints)[0] if resume else None
@@ -46,13 +46,15 @@ def train(config: RunConfig, folder: RunFolder, resume: bool = False) -> None:
         data.check_videos(config.data.check_seconds)
     check_resumable(checkpoint, draws)
     with closing(draws), joined_cluster(config.cluster):
-        for restarts_left in range(config.loop.max_restarts, -1, -1):
+        restarts = 0
+        while True:
             try:
                 return asyncio.run(_train(config, located, folder, draws, held_out, checkpoint))
             except PartLost as lost:
-                if not restarts_left:
+                before, checkpoint = checkpoint, checkpoints.latest(folder.checkpoints)[0] if checkpoints.steps(folder.checkpoints) else None
+                restarts = restarts + 1 if before == checkpoint else 1
+                if restarts > config.loop.max_restarts:
                     raise
-                checkpoint = checkpoints.latest(folder.checkpoints)[0] if checkpoints.steps(folder.checkpoints) else None
                 where = f"step {checkpoint.step}" if checkpoint else "the beginning"
                 print(f"warning: {lost}; starting again from {where}", file=sys.stderr, flush=True)
 
@@ -95,6 +97,7 @@ async def learn(run: Run, groups: list[ScoredGroup]) -> None:
     rewards = np.stack([g.rewards for g in kept])
     async with run.weights:
         with run.stage("train"):
+            await run.sleep()
             advantages, learned = await run.learning(update(run.actors.learners, config.learner, rewards, [samples_of(g) for g in kept]))
         with run.stage("sync"):
             synced = await run.sync(step)
@@ -106,6 +109,7 @@ async def learn(run: Run, groups: list[ScoredGroup]) -> None:
         tokens = sum(c.response_tokens for c in completions)
         values = completion_metrics(completions) | left_out_metrics([b.kind for b in run.broken]) | dropped_metrics(run.dropped) | learner_metrics(learned) | synced | run.times.metrics(tokens)
         run.metrics.write(step, values)
+    run.timeline.write()
     if run.online:
         for g in kept:
             run.online.update(g.draw.episode.episode_id, g.success_rate)

@@ -43,7 +43,7 @@ def _pairs(group: Group, active: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """(len(active), P, N) values of every pair, P over all objects of the group, and the (P, N) box IoU."""
     target, config = group.target, group.config
     everyone = [one for mine in group.objects for one in mine]
-    boxes = np.array([one.box or _NO_BOX for one in everyone], dtype=np.float64).reshape(-1, 4) * (group.to_answer * 2)
+    boxes = matching.rows_of([one.box or _NO_BOX for one in everyone], 4) * (group.to_answer * 2)
     true_boxes = target.boxes_N4() * (group.to_target * 2)
     box_iou = matching.box_iou_matrix(boxes, true_boxes)
     values = np.zeros((len(active), *box_iou.shape))
@@ -55,7 +55,7 @@ def _pairs(group: Group, active: list[str]) -> tuple[np.ndarray, np.ndarray]:
             distance = matching.box_l1_matrix(boxes, true_boxes)
             values[k] = terms.below(distance, config.box_l1_threshold, config.box_l1_grading, config.graded_reach)
         else:
-            points = np.array([one.point or _NO_POINT for one in everyone], dtype=np.float64).reshape(-1, 2) * group.to_answer
+            points = matching.rows_of([one.point or _NO_POINT for one in everyone], 2) * group.to_answer
             distance = matching.point_distance_matrix(points, target.points_N2() * group.to_target)
             near = terms.below(distance, config.point_threshold, config.point_grading, config.graded_reach)
             values[k] = near * matching.point_in_own_box(points, boxes)[:, None]

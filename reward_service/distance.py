@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from reward_service.matching import rows_of
 from segmentation_service import geometry
 
 
@@ -26,7 +27,7 @@ class MaskDistance:
         points_xy: (K, 2) in pixels of the mask; `geometry` says which pixel that is, and what lies in the image. Distances
         are rounded to 1e-9, so that a comparison with a threshold does not hang on the order of a sum.
         """
-        points = np.asarray(points_xy, dtype=np.float64).reshape(-1, 2)
+        points = rows_of(points_xy, 2)
         inside = geometry.points_in_frame(points, self.mask_HW.shape)
         pixels_yx = geometry.round_points(points[inside], self.mask_HW.shape)[:, ::-1]
         nearest, _ = self.tree.query(pixels_yx * self.pitch_yx, p=1)

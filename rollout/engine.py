@@ -75,6 +75,7 @@ class RolloutEngine:
         self._labels = itertools.count()
         self._in_flight: dict[str, set[str]] = {}
         self._updating = False
+        self._asleep = False
         self._in_order = False
         self._report: dict = {}
         self._shapes: dict | None = None
@@ -340,20 +341,22 @@ class RolloutEngine:
         if self.device == "cpu" or not self.config.sleep:
             return False
         await self._call("going to sleep", self._llm.sleep(level=level))
+        self._asleep = True
         return True
 
     async def wake_up(self, tags: Sequence[str] | None = None) -> bool:
-        """Take the memory again: `["weights"]` before a weight update, `["kv_cache"]` after it, none for all. False where sleep is off."""
+        """Take the memory again: `["weights"]`, `["kv_cache"]`, or without tags all of it. False where sleep is off. A weight update does it itself."""
         self._check()
         if self.device == "cpu" or not self.config.sleep:
             return False
-        await self._call("waking up", self._llm.wake_up(list(tags) if tags is not None else None))
+        self._asleep = not await self._call("waking up", self._llm.wake_up(list(tags) if tags is not None else None))
         return True
 
     # ---- weights ----
 
     async def begin_weight_sync(self, mode: str = "keep") -> None:
-        """Pause (requests in flight: "keep", "wait" or "abort"), drop all caches and open the model for new weights.
+        """Pause (requests in flight: "keep", "wait" or "abort"), drop all caches and open the model for new weights. An engine that sleeps takes the memory of its
+        weights again first, and that of its KV cache when the update is finished.
 
         With `object_store`, `receive_weights` follows for every bucket; with `ipc` and `nccl`, the learner's
         `send_weights()` of vLLM's trainer API drives the four methods below instead. `finish_weight_sync` ends both.
@@ -362,6 +365,8 @@ class RolloutEngine:
         if self._updating:
             raise RuntimeError("a weight update is in progress already; finish it first")
         self._updating, self._update_started = True, time.perf_counter()
+        if self._asleep:
+            await self._step("waking up", self.wake_up(["weights"]))
         await self._step("pausing", self._llm.pause_generation(mode=mode, clear_cache=True))
         if self.weight_sync == weight_transfer.BACKEND:
             await self.start_weight_update()
@@ -407,6 +412,8 @@ class RolloutEngine:
             await self.finish_weight_update()
         await self._step("setting the version", self._llm.update_weight_version(str(version)))
         await self._step("resetting caches", self.reset_caches())
+        if self._asleep:
+            await self._step("waking up", self.wake_up(["kv_cache"]))
         await self._step("resuming", self._llm.resume_generation())
         self._updating = False
         self._stats["weight_updates"] += 1

@@ -25,7 +25,8 @@ class VideoFile:
     """
 
     def __init__(self, file: str | Path, cache_bytes: int = 64 * 2**20) -> None:
-        """Raises VideoError where the file is missing, is no video, or has no frame. Sets `stored_hw`, the size before it is set upright."""
+        """Raises VideoError where the file is missing, is no video, or has no frame. Sets `stored_hw`, the size before it is set upright, and `fps`, the
+        mean rate in frames a second as the file tells it (None: it does not)."""
         self._container: Any = None
         self._rest()
         self.file = Path(file).expanduser()
@@ -102,6 +103,7 @@ class VideoFile:
         with self._open() as container:
             stream = _moving(container)[0]
             self.stored_hw = (stream.codec_context.height, stream.codec_context.width)
+            self.fps = float(rate) if (rate := stream.average_rate or stream.guessed_rate) else None
             try:
                 packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
             except (OSError, ValueError, RuntimeError) as error:

@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/frame-sampler-toy.json"))
     parser.add_argument("--work", type=Path, default=Path("runs/toy-sampler"), help="folder of model, data and samples")
-    parser.add_argument("--videos", type=int, default=420, help="videos to write; about half have a target that is in view in part only")
+    parser.add_argument("--videos", type=int, default=1680, help="videos to write; about half have a target that is in view in part only")
     args = parser.parse_args(arguments)
     model = args.work / "model"
     if not model.exists():

@@ -164,7 +164,7 @@ def test_a_required_setting_that_is_missing_is_named():
 # ------------------------------------------------------------------------------------------------------- the files
 
 
-def test_extends_is_one_level_relative_and_later_wins(tmp_path):
+def test_extends_is_relative_and_later_wins(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "base.yaml").write_text("inner: {lr: 1e-3, steps: 2, sizes: [9, 9, 9]}\nseed: 1\n")
     child = tmp_path / "sub" / "child.yaml"
@@ -174,8 +174,10 @@ def test_extends_is_one_level_relative_and_later_wins(tmp_path):
     assert sources["inner.lr"].where == f"{child}:3" and sources["inner.steps"].where.endswith("base.yaml:1")
     assert sources["seed"].where == "override 'seed=5'"
     grandchild = tmp_path / "grandchild.yaml"
-    grandchild.write_text("extends: sub/child.yaml\n")
-    with pytest.raises(ConfigError, match="itself extends"):
+    grandchild.write_text("extends: sub/child.yaml\nseed: 7\n")
+    assert read_settings(grandchild)[0] == {"inner": {"lr": 1e-5, "steps": 2, "sizes": [4]}, "seed": 7}
+    (tmp_path / "base.yaml").write_text("extends: grandchild.yaml\n")
+    with pytest.raises(ConfigError, match="which extends it"):
         read_settings(grandchild)
     grandchild.write_text("extends: none.yaml\n")
     with pytest.raises(ConfigError, match="there is no file"):

@@ -1,4 +1,4 @@
-"""Faults and signals: one run of `videoseg train` whose parts are killed and stopped one after another, and which is then interrupted and resumed.
+"""Faults and signals: runs whose parts are killed, and which are then interrupted.
 
 Groups of the next step are on their way while the learner works (`loop.max_staleness=1`), so faults meet generation, scoring and updates alike.
 """
@@ -99,17 +99,14 @@ def started(toy_data, folder):
 
 
 def test_lost_parts_start_again_and_no_group_is_lost(started, toy_data, folder):
-    """Six faults, then Ctrl-C: a checkpoint, nothing left running, and every group exactly once in what survives."""
-    asked = ["loop.steps=500", "eval.ends=false", f"run.dir={folder}", "run.name=run", "cluster.address=local", "loop.max_staleness=1", "loop.max_restarts=6", *LIMITS]
+    """vLLM's process and a segmenter, then the learner, killed; then Ctrl-C: a checkpoint, nothing left running, and every group exactly once in what survives. The KL
+    is part of the reward, for which learners are asked twice a step."""
+    asked = ["loop.steps=500", "eval.ends=false", f"run.dir={folder}", "run.name=run", "cluster.address=local", "loop.max_staleness=1", "learner.kl_in=reward", *LIMITS]
     run = started("train", *settings(toy_data, *asked))
     run.steps(2)
     run.fault(CORE, signal.SIGKILL)
     run.fault(SEGMENTER, signal.SIGKILL)
     run.wait_for("engine 0 is lost", "EngineBroken")
-    run.steps(2)
-    run.fault(SEGMENTER, signal.SIGSTOP)
-    run.fault(ENGINE, signal.SIGSTOP)
-    run.wait_for("engine 0 is lost")
     run.steps(2)
     run.fault(LEARNER, signal.SIGKILL)
     again = run.wait_for("learner rank 0 is lost", "starting again from step")
@@ -117,12 +114,12 @@ def test_lost_parts_start_again_and_no_group_is_lost(started, toy_data, folder):
     run.signal(signal.SIGINT)
     status, output = run.end()
     assert status == 0 and "SIGINT: stopping with a checkpoint" in output and "stopped: SIGINT" in output
-    assert output.count("segmenter 0 is lost") == 2 and output.count("engine 0 is lost") == 2
+    assert output.count("segmenter 0 is lost") == output.count("engine 0 is lost") == 1
     run.assert_all_gone()
 
     path = folder / "run"
     checkpoint, rejected = checkpoints.latest(path / "checkpoints")
-    assert not rejected and read_metrics(path / "metrics.jsonl")[-1]["step"] == checkpoint.step >= 8 - 2
+    assert not rejected and read_metrics(path / "metrics.jsonl")[-1]["step"] == checkpoint.step >= 4
     ends = ledger.check(path / ledger.FILE, checkpoint.manifest["position"], checkpoint.manifest["unfinished"])
     lines = ledger.read(path / ledger.FILE)
     rolled_back = {line["step"] for line in lines if line.get("rolled_back")}
@@ -134,19 +131,15 @@ def test_lost_parts_start_again_and_no_group_is_lost(started, toy_data, folder):
     assert staleness == {"staleness/0", "staleness/1"}
 
 
-def test_a_resumed_run_leaves_at_once_at_the_second_ctrl_c(started, folder):
-    """While rollouts that it would wait for are in progress; the last checkpoint is what is left."""
-    path = folder / "run"
-    before = checkpoints.latest(path / "checkpoints")[0].step
-    run = started("resume", str(path), "loop.grace_seconds=600", "loop.save_every=1")
-    run.wait_for(f"step {before + 1}/")
-    while checkpoints.latest(path / "checkpoints")[0].step == before:
-        time.sleep(0.1)
+def test_a_second_ctrl_c_leaves_at_once(started, toy_data, folder):
+    """Also with learners alone; the last checkpoint is what is left."""
+    run = started("sft", *settings(toy_data, "loop.steps=5000", "eval.ends=false", f"run.dir={folder}", "run.name=sft", "cluster.address=local", "loop.save_every=1"))
+    run.steps(2)
     run.signal(signal.SIGINT)
     run.wait_for("SIGINT: stopping")
     run.signal(signal.SIGINT)
     status, output = run.end(60)
     assert status == 130 and "stopped at once" in output
-    checkpoint, rejected = checkpoints.latest(path / "checkpoints")
-    assert checkpoint.step > before and not rejected
+    checkpoint, rejected = checkpoints.latest(folder / "sft" / "checkpoints")
+    assert checkpoint.step >= 1 and not rejected
     run.assert_all_gone()

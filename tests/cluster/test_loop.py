@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -11,8 +12,9 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from cluster import checkpoints, cli, config, config_resolve, rollout_log, run_folder
+from cluster import checkpoints, cli, config, config_resolve, ledger, rollout_log, run_folder, timeline
 from cluster.metrics import read_metrics
+from cluster.policies import find_policy
 from tests.conftest import TOY
 
 SMALL = [
@@ -77,6 +79,16 @@ def test_the_metrics_tell_what_happened(run):
     assert [r["step"] for r in records if "eval/iou/box" in r] == [0, 1, 2, 3]
 
 
+def test_the_trace_holds_the_stages_and_calls_of_every_step(run):
+    spans = {}
+    for event in timeline.read(run.path / timeline.FILE):
+        spans.setdefault((event["cat"], event["name"]), {}).setdefault(event["id"], {})[event["ph"]] = event
+    assert all(set(span) == {"b", "e"} and span["b"]["ts"] <= span["e"]["ts"] for kind in spans.values() for span in kind.values())
+    versions = {name: sorted({span["b"]["args"]["version"] for span in spans["loop", name].values()}) for track, name in spans if track == "loop"}
+    assert versions["rollout"] == versions["train"] == [0, 1, 2] and versions["log"] == [1, 2, 3] and {"sync", "evaluate", "checkpoint"} <= versions.keys()
+    assert len(spans["engine 0", "generate_in_order"]) == 3 + 4 and len(spans["segmenter 0", "segment_group"]) == 3 * 4 + 4 * 4  # steps and evaluations
+
+
 def test_saved_rollouts_repeat_what_was_learned_without_engines(run, tmp_path, capsys):
     """Two steps replayed from the start, and the third from the checkpoint before it: the same numbers and the same policy, to the last bit."""
     files, where = [file for _, file in rollout_log.rollout_files(run.rollouts)], [f"run.dir={tmp_path}"]
@@ -94,6 +106,26 @@ def test_saved_rollouts_repeat_what_was_learned_without_engines(run, tmp_path, c
     start = load_file(TOY / "policy" / "model.safetensors")
     assert weights["run"].keys() == start.keys() and any(not torch.equal(weights["run"][n], start[n]) for n in start)
     assert all(torch.equal(weights["run"][n], weights["again"][n]) for n in start)
+
+
+def test_a_run_its_checkpoints_and_its_exports_can_be_asked(run, tmp_path, monkeypatch):
+    """Each stands for the same weights, and brings the prompt that it was trained with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/latest").symlink_to(run.path)
+    assert cli.main(["export", str(run.path), str(tmp_path / "out"), "--step", "2"]) == 0
+    newest, second, exported = find_policy("latest"), find_policy(str(run.checkpoints / "step_000002")), find_policy(str(tmp_path / "out"))
+    assert [p.name for p in (newest, second, exported)] == [f"{run.path}/checkpoints/step_000003", f"{run.path}/checkpoints/step_000002", f"{tmp_path}/out"]
+    trained = config.load(run.config)
+    for policy in (newest, second, exported):
+        assert policy.settings.prompt == trained.prompt and policy.settings.segmentation.propagation.size == trained.segmentation.propagation.size
+    weights = []
+    for policy in (newest, second, exported):
+        with policy.loadable() as folder:
+            weights.append(load_file(f"{folder}/model.safetensors"))
+        assert os.path.exists(folder) == (policy is exported)
+    assert all(torch.equal(weights[1][n], weights[2][n]) for n in weights[2]) and any(not torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+    assert find_policy("latest", "debug").settings.prompt == config.load("debug").prompt
 
 
 def test_rollouts_that_cannot_be_replayed_are_refused(run, tmp_path, capsys):
@@ -158,17 +190,58 @@ def test_the_uncertainty_is_the_policys(run, toy_data):
     assert len(logged) == 3 and 0 < logged[0] < 1 and logged[0] == pytest.approx(np.mean(uncertainties), abs=1e-4)
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one(run, tmp_path):
-    """Resumed from step 2 in the deterministic mode: the same step 3 to the last bit, and then step 4."""
-    from cluster import trainer
+def test_a_resumed_run_repeats_the_uninterrupted_one_and_its_engine_serves_what_it_learned(run, tmp_path):
+    """Resumed from step 2 in the deterministic mode: the same step 3 to the last bit, and then step 4. After its sync, greedy tokens and log-probs are those of an
+    engine that loads the learner's export."""
+    from cluster import config_files, trainer
+    from cluster.draws import Draws
+    from cluster.progress import Progress
+    from cluster.run import Run
+    from rollout.actor import RolloutEngineActor
 
     copy = run_folder.RunFolder(shutil.copytree(run.path, tmp_path / "copy"))
     shutil.rmtree(dict(checkpoints.steps(copy.checkpoints))[3])
     settings, changed = config.load_for_resume(copy.config, ["loop.steps=4"])
     assert changed == {"loop.steps": (3, 4)}
-    trainer.train(config_resolve.resolve(settings, config_resolve.detect_hardware()), copy, resume=True)
+    settings = config_files.locate(config_resolve.resolve(settings, config_resolve.detect_hardware()))
+    draws, held_out = Draws.of_run(settings)
+    exported, greedy = tmp_path / "exported", settings.rollout.sampling().greedy()
+
+    async def answers(engine):
+        done = await engine.generate_in_order.remote([(draw.prompt, 1, greedy, [0]) for draw in held_out.held_out(6)[0]])
+        return [completion for completions in done for completion in completions]
+
+    async def two_steps_and_a_fresh_engine():
+        with Progress(4, 2) as progress:
+            resumed = await Run.start(settings, settings, copy, draws, held_out, checkpoints.latest(copy.checkpoints)[0], progress)
+        try:
+            before = await answers(resumed.actors.engines[0])
+            for _ in range(2):
+                await trainer.learn(resumed, await resumed.collect())
+            await resumed.save()
+            served = await answers(resumed.actors.engines[0])
+            await resumed.actors.learners[0].export.remote(str(exported))
+        finally:
+            resumed.close()
+        engine = RolloutEngineActor.options(num_cpus=1).remote(str(exported), settings.rollout, dtype="float32", device="cpu")
+        try:
+            await engine.ready.remote()
+            return before, served, await answers(engine)
+        finally:
+            await engine.shutdown.remote()
+            ray.kill(engine)
+
+    before, served, fresh = asyncio.run(two_steps_and_a_fresh_engine())
+    draws.close()
+    assert any(not np.array_equal(b.logprobs, s.logprobs) for b, s in zip(before, served))
+    for s, f in zip(served, fresh, strict=True):
+        np.testing.assert_array_equal(s.token_ids, f.token_ids)
+        np.testing.assert_array_equal(s.logprobs, f.logprobs)
+
     checkpoint, _ = checkpoints.latest(copy.checkpoints)
-    assert checkpoint.step == 4 and checkpoint.manifest["position"] == 16
+    assert checkpoint.step == 4 and checkpoint.manifest["position"] == 16 and checkpoint.manifest["unfinished"] == []
+    assert ledger.check(copy.path / ledger.FILE, 16) == {"trained": 16}
+    assert [line["group"] for line in ledger.read(copy.path / ledger.FILE) if line.get("rolled_back")] == [8, 9, 10, 11]
     before, after = (json.loads((folder / "difficulty.json").read_text())["rates"] for folder in (dict(checkpoints.steps(run.checkpoints))[3], checkpoint.path))
     assert before.items() < after.items() or len(after) < 16  # nothing forgotten; fewer than 16 episodes if one came again
 
@@ -179,47 +252,3 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(run, tmp_path):
     assert rows == rows_again
     groups = [set(rollout_log.read_columns(f, ["group"])["group"]) for _, f in rollout_log.rollout_files(copy.rollouts)]
     assert groups == [{0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10, 11}, {12, 13, 14, 15}]
-
-
-def test_engines_in_a_run_equal_one_started_from_the_export(ray_session, toy_data, tmp_path):
-    """After an update and its sync, greedy tokens and log-probs are those of an engine that loads the learner's export."""
-    from cluster import trainer
-    from cluster.draws import Draws
-    from cluster.progress import Progress
-    from cluster.run import Run
-    from rollout.actor import RolloutEngineActor
-
-    settings = resolved(toy_data, "eval.episodes=6", "learner.lr=1e-3", "learner.kl_in=reward", "difficulty.source=online")
-    draws, held_out = Draws.of_run(settings)
-    greedy = settings.rollout.sampling().greedy()
-    exported = tmp_path / "exported"
-
-    async def answers(engine):
-        done = await engine.generate_in_order.remote([(draw.prompt, 1, greedy, [0]) for draw in held_out.held_out(6)[0]])
-        return [completion for completions in done for completion in completions]
-
-    async def served_and_fresh():
-        with Progress(1, 0) as progress:
-            run = await Run.start(settings, settings, run_folder.plan(tmp_path, "one", "debug"), draws, held_out, None, progress)
-        try:
-            before = await answers(run.actors.engines[0])
-            groups = await run.collect()
-            assert all(g.difficulty == 10 - 9 * np.mean(np.array(g.box_ious) > 0.5) for g in groups)  # online, seen for the first time
-            await trainer.learn(run, groups)
-            served = await answers(run.actors.engines[0])
-            await run.actors.learners[0].export.remote(str(exported))
-        finally:
-            run.close()
-        engine = RolloutEngineActor.options(num_cpus=1).remote(str(exported), settings.rollout, dtype="float32", device="cpu")
-        try:
-            await engine.ready.remote()
-            return before, served, await answers(engine)
-        finally:
-            await engine.shutdown.remote()
-            ray.kill(engine)
-
-    before, served, fresh = asyncio.run(served_and_fresh())
-    assert any(not np.array_equal(b.logprobs, s.logprobs) for b, s in zip(before, served))
-    for s, f in zip(served, fresh, strict=True):
-        np.testing.assert_array_equal(s.token_ids, f.token_ids)
-        np.testing.assert_array_equal(s.logprobs, f.logprobs)

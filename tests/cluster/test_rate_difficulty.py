@@ -20,7 +20,7 @@ from cluster.errors import UserError
 from cluster.rate_difficulty import RatingConfig, rate_data
 from cluster.raters import VllmRater
 from rollout.episodes import read_episodes, write_episodes
-from segmentation_service.video import open_video, read_frames
+from segmentation_service.video import open_video
 
 FIVE = {"scene_complexity": 2, "segmentation_challenge": 4, "temporal_ambiguity": 1, "motion_complexity": 3.5, "linguistic_ambiguity": 7}
 

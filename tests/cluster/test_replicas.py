@@ -11,6 +11,7 @@ import ray
 from cluster.errors import PartLost, RunFailed
 from cluster.placement import Actors
 from cluster.replicas import Replicas
+from cluster.timeline import Timeline
 from rollout.engine import EngineBroken
 
 
@@ -51,8 +52,8 @@ class Started:
 
     def __init__(self, count=1, seconds=30.0, restarts=3):
         self.actors = Actors(None, None, [Worker.remote() for _ in range(count)], [], [])
-        self.notes, self.joined = [], []
-        self.replicas = Replicas("worker", self.actors.engines, self.actors.kill, self.start, self.join, seconds, restarts, self.notes.append)
+        self.notes, self.joined, self.timeline = [], [], Timeline(os.devnull)
+        self.replicas = Replicas("worker", self.actors.engines, self.actors.kill, self.start, self.join, seconds, restarts, self.notes.append, self.timeline)
 
     async def start(self, number):
         worker = Worker.remote()
@@ -162,7 +163,7 @@ def test_a_call_that_kills_whom_it_meets_is_given_up(ray_session):
 def test_restarts_are_bounded(ray_session):
     async def scene():
         async with Started(restarts=1) as s:
-            with pytest.raises(RunFailed, match="worker 0 is lost, after 1 others in this run: ActorDiedError"):
+            with pytest.raises(RunFailed, match="worker 0 is lost, after 1 others since the last checkpoint: ActorDiedError"):
                 await s.replicas.call(0, "die")
 
     asyncio.run(scene())

@@ -12,6 +12,7 @@ from cluster import config, config_files
 from cluster.draws import BrokenEpisode, Draws
 from cluster.errors import RunFailed
 from cluster.evaluation import held_out_metrics
+from cluster.errors import PartLost
 from cluster.metrics import completion_metrics
 from cluster.rollout_rows import scored_completions
 from cluster.run import Run
@@ -60,10 +61,11 @@ def test_a_group_is_tracked_once_and_earns_the_mean_j_of_its_masks(ray_session, 
     import ray
 
     from cluster.replicas import Replicas
+    from cluster.timeline import Timeline
     from segmentation_service.actor import SegmenterActor
 
     actor = SegmenterActor.options(num_cpus=0).remote(located.segmentation)
-    run = SimpleNamespace(config=located, draws=draws, segmenters=Replicas("segmenter", [actor], ray.kill, None, None, 120.0, 0, print))
+    run = SimpleNamespace(config=located, draws=draws, segmenters=Replicas("segmenter", [actor], ray.kill, None, None, 120.0, 0, print, Timeline("unused")))
     draw = max((d for d in draws.held_out(6)[0] if len(d.target) == 1), key=lambda d: d.target.masks.sum())
 
     async def scored():
@@ -148,3 +150,14 @@ def test_a_video_that_breaks_in_tracking_is_asked_once_and_counts_as_broken(loca
     assert held_out_metrics([group, good]) == held_out_metrics([good])
     with pytest.raises(RunFailed, match="1 of 1 groups could not be scored; last cause: lost"):
         scored([group, replace(good, failure="lost")], max_failure_rate=0.5, step=1)
+
+
+def test_a_group_that_costs_segmenters_is_given_up_at_once(located, draws):
+    draw, asked = draws.held_out(1)[0][0], []
+
+    async def segment(frame, hypotheses):
+        asked.append(hypotheses)
+        raise PartLost("segment_group lost 2 segmenters one after another, last: no answer within 10 s")
+
+    group = asyncio.run(score_group(draw, right_and_wrong(draw), [3] * 3, located.reward, segment, None, tries=3))
+    assert len(asked) == 1 and group.scores is None and group.failure.startswith("segment_group lost 2 segmenters") and group.broken is None

@@ -1,5 +1,6 @@
 """The pool of decoders: the right frames, in bounded memory, and videos that hang, crash or leak stopped at one process."""
 
+import contextlib
 import os
 import random
 import subprocess
@@ -63,8 +64,12 @@ def hanging(tmp_path):
 
 def running():
     """The processes of pools that are alive."""
-    children = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
-    return [p for p in children if "rollout.decoding" in " ".join(p.cmdline())]
+    found = []
+    for p in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended while we looked
+            if p.status() != psutil.STATUS_ZOMBIE and "rollout.decoding" in " ".join(p.cmdline()):
+                found.append(p)
+    return found
 
 
 def wait_for(condition):

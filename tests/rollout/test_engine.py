@@ -284,6 +284,34 @@ def test_sleep_is_nothing_on_a_cpu(tiny_engine):
     assert tiny_engine.run(tiny_engine.sleep()) is False and tiny_engine.run(tiny_engine.wake_up()) is False
 
 
+def test_an_engine_that_sleeps_wakes_round_an_update(tiny_folder):
+    """The order of calls that a GPU needs (no CPU sleeps): weights' memory, update, caches reset, cache's memory, and only then generation."""
+
+    class Calls:
+        errored, said = False, []
+
+        def __getattr__(self, name):
+            async def call(*arguments, **options):
+                self.said.append((name, *(options.values() or arguments)))
+                return arguments != (["weights"],)  # of wake_up: whether all memory is there again
+
+            return call
+
+    engine = RolloutEngine(str(tiny_folder), RolloutConfig(sleep=True))
+    engine.device, engine.weight_sync, engine._llm = "cuda", "ipc", Calls()
+
+    async def one_step():
+        await engine.sleep(2)
+        await engine.begin_weight_sync()
+        await engine.finish_weight_sync("3")
+
+    asyncio.run(one_step())
+    names = [said[0] for said in Calls.said]
+    assert Calls.said[:2] == [("sleep", 2), ("wake_up", ["weights"])]
+    assert names[2:] == ["pause_generation", "update_weight_version", "reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache", "wake_up", "resume_generation", "get_weight_version"]
+    assert ("wake_up", ["kv_cache"]) in Calls.said
+
+
 def test_a_broken_engine_says_so(tiny_engine):
     tiny_engine.engine._broken = "a test broke it"
     try:

@@ -1,6 +1,5 @@
 """Tiny random checkpoint folders of both policy families for tests: real config, tokenizer, processor and safetensors."""
 
-import json
 import os
 
 import numpy as np

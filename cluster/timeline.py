@@ -1,0 +1,44 @@
+"""When what was done: the stages of the loop and every call to an engine or segmenter, as a trace that Perfetto and chrome://tracing show.
+
+`trace.json` is in the Trace Event Format, as an array that is never closed, which the format allows: a run may end at any time, and a resumed run goes on in the file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FILE = "trace.json"
+
+
+class Timeline:
+    """Collects spans, and writes them when asked. Times are wall-clock, in microseconds."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self._events, self._ids = Path(path), [], itertools.count()
+
+    @contextmanager
+    def span(self, track: str, name: str, **details: Any) -> Iterator[None]:
+        """Spans of a track may overlap."""
+        start, mark = time.time(), {"cat": track, "id": f"{track}/{next(self._ids)}", "pid": track, "tid": track}
+        try:
+            yield
+        finally:
+            self._events.append({"name": name, "ph": "b", "ts": round(start * 1e6), "args": details, **mark})
+            self._events.append({"name": name, "ph": "e", "ts": round(time.time() * 1e6), **mark})
+
+    def write(self) -> None:
+        new = not self.path.exists()
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("[\n" * new + "".join(json.dumps(event) + ",\n" for event in self._events))
+        self._events.clear()
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The events of a trace, as far as it goes."""
+    return json.loads(Path(path).read_text(encoding="utf-8").rstrip().rstrip(",") + "]")
