@@ -85,7 +85,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         "alive": f"seems alive: written {ago} ago, {takes}" + (f", about {_time(left)} left" if left else ""),
         "silent": f"silent: nothing written for {ago}, {takes}. It was stopped, has died, or hangs: its folder cannot tell which",
     }[found["state"]]
-    resumed = f", resumed {found['resumes']} times" if found["resumes"] else ""
+    resumed = f" (resumes: {found['resumes']})" if found["resumes"] else ""
     out = [f"{found['run']}: step {found['step']} of {found['steps']}{resumed}; {how}"]
     for title, record, prefix in (("training, step", found["metrics"], ""), ("held-out, after step", found["evaluation"], "eval/")):
         if record:

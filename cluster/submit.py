@@ -170,15 +170,15 @@ def server_address(given: str | None) -> str:
 
 def connect(address: str) -> Any:
     """A `JobSubmissionClient` of the job server at this URL, which has answered. Raises UserError where none does, or it wants another token."""
-    from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
-
     elsewhere = "start one with `ray start --head`, or give --address URL; to a cluster elsewhere: ssh -L 8265:127.0.0.1:8265 HEAD (docs/cluster.md)"
     url = urlsplit(address)
     try:
         socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=10).close()
     except OSError as error:
         raise UserError(f"no Ray cluster answers at {address}: {error}", elsewhere) from error
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it tells of every stream that ends
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray lets its environment variables win over the argument
     try:

@@ -26,7 +26,7 @@ case ${1:-} in
         ;;
     worker)
         head=${2:?the address of the head node is missing} address=${3:?the address of this machine is missing}
-        until ray health-check --address="$head:6379"; do sleep 2; done
+        until (: <>"/dev/tcp/$head/6379") 2>/dev/null; do sleep 2; done
         exec ray start --address="$head:6379" --node-ip-address="$address" "${common[@]}" "${@:4}"
         ;;
     *)

@@ -84,8 +84,7 @@ def _in_namespaces(cpus: tuple[int, ...], environment: dict[str, str]) -> Iterat
             private = 'mkdir -p /tmp/ray && mount --bind "$0" /tmp/ray && mount -t tmpfs -o size=2g tmpfs /dev/shm && exec "$@"'
             with open(folder / f"{name}.log", "w") as log:
                 processes.append(subprocess.Popen(["ip", "netns", "exec", name, "sh", "-c", private, str(own), *start], env=environment, stdout=log, stderr=subprocess.STDOUT))
-        url = f"http://{addresses[0]}:8265"
-        nodes = Nodes("network namespaces", url, environment)
+        nodes = Nodes("network namespaces", f"http://{addresses[0]}:8265", environment)
         _wait_for(lambda: _alive(processes, folder) and nodes.get("/api/version"))
         yield nodes
     finally:
@@ -120,7 +119,7 @@ def _alive(processes: list[subprocess.Popen], folder: Path) -> bool:
     return True
 
 
-def _wait_for(condition: Any, seconds: float = 300.0) -> None:
+def _wait_for(condition: Any, seconds: float = 1200.0) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:
