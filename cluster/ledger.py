@@ -54,11 +54,10 @@ class Ledger:
         self.unfinished = sorted({*self.unfinished, *positions})
         return positions
 
-    def upcoming(self, count: int, after: int = 0) -> list[int]:
-        """The positions that `begin` would give for the `count` groups that follow the next `after` ones: first those that were given back."""
-        known = self._given_back[after : after + count]
-        first = self.next + max(0, after - len(self._given_back))
-        return known + list(range(first, first + count - len(known)))
+    def upcoming(self, count: int) -> list[int]:
+        """The positions that `begin` would give: first those that were given back."""
+        known = self._given_back[:count]
+        return known + list(range(self.next, self.next + count - len(known)))
 
     def close(self, step: int, finished: Iterable[Final]) -> None:
         """Writes final states, of `step`. On disk when this returns."""

@@ -2,8 +2,9 @@
 
 With `loop.max_staleness` = S, up to S + 1 steps' groups are unfinished at a time, those that an update trains on among them. Groups are trained in the
 order in which they were begun, and one that was begun under version w of the weights by the update that makes version w + S + 1 at the latest: its
-oldest weights are at most S updates behind. Where late groups went before it, that update trains on a few more than its share. S = 0 is synchronous (nothing is generated while the learner works), S = 1 one step off. Engines
-take new weights in the middle of generation, so the tokens of one completion may be of several versions; each carries its own.
+oldest weights are at most S updates behind. Where late groups went before it, that update trains on a few more than its share. S = 0 is synchronous
+(nothing is generated while the learner works), S = 1 one step off. Engines take new weights in the middle of generation, so the tokens of one completion
+may be of several versions; each carries its own.
 """
 
 from __future__ import annotations
