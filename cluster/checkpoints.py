@@ -154,6 +154,14 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes the whole file anew, durably: whoever reads it meanwhile sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    flush_to_disk(temporary)
+    os.replace(temporary, path)
+
+
 def flush_to_disk(path: str | Path) -> None:
     """fsync a file or a folder, so that a rename which follows never shows an empty file after a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoints import flush_to_disk
+from cluster.checkpoints import replace_text
 from cluster.errors import DataError
 
 FILE = "ledger.jsonl"
@@ -81,10 +81,7 @@ class Ledger:
         for line in lines:
             if line["step"] > step:
                 line["rolled_back"] = True
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        flush_to_disk(temporary)
-        os.replace(temporary, self.path)
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self.next, self._given_back = state["position"], list(state.get("unfinished", ()))
         self.unfinished = list(self._given_back)
 

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.checkpoints import flush_to_disk
+from cluster.checkpoints import replace_text
 from cluster.errors import DataError
 from cluster.ledger import Final
 
@@ -232,8 +232,5 @@ def drop_after(path: str | Path, step: int) -> int:
     path = Path(path)
     records = read_metrics(path)
     kept = [r for r in records if r["step"] <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(r, allow_nan=False) + "\n" for r in kept), encoding="utf-8")
-    flush_to_disk(temporary)
-    os.replace(temporary, path)
+    replace_text(path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in kept))
     return len(records) - len(kept)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import __version__
-from cluster.checkpoints import flush_to_disk
+from cluster.checkpoints import flush_to_disk, replace_text
 from cluster.config_dump import dump_yaml, fingerprint
 from cluster.errors import RunFolderError
 from cluster.paths import ROOT
@@ -110,10 +110,7 @@ class RunFolder:
         with open(self.path / "resumes.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if changed:
-            temporary = self.path / ".config.yaml.tmp"
-            temporary.write_text(dump_yaml(config, title=_title(config)), encoding="utf-8")
-            flush_to_disk(temporary)
-            os.replace(temporary, self.config)
+            replace_text(self.config, dump_yaml(config, title=_title(config)))
 
 
 def plan(directory: str | Path, name: str, recipe: str, now: time.struct_time | None = None) -> RunFolder:
