@@ -10,6 +10,8 @@ from typing import Any
 from cluster.cli_parsing import add_command, file_and_overrides
 from cluster.errors import UserError
 
+_EPISODES: dict[str, str] = dict(metavar="DATA", help="episodes: a folder with Parquet shards, or one file")
+
 
 def add_to(commands: Any) -> None:
     """Their parsers, into those of `videoseg`."""
@@ -25,7 +27,7 @@ def add_to(commands: Any) -> None:
     )
     example = "videoseg sample-frames data/valid frames/valid.parquet --model Qwen/Qwen2.5-VL-7B-Instruct htfs.intervals=8"
     command = add_command(commands, "sample-frames", sample_frames, example, rule)
-    command.add_argument("data", metavar="DATA", help="episodes: a folder with Parquet shards, or one file")
+    command.add_argument("data", **_EPISODES)
     command.add_argument("out", metavar="OUT", help="file to write")
     command.add_argument("settings", metavar="[CONFIG] key=value", nargs="*", help="YAML file of settings, and changes to it")
     command.add_argument("--sampler", metavar="NAME", help="htfs (default), or for comparison uniform, middle, first, random, oracle")
@@ -51,7 +53,7 @@ def add_to(commands: Any) -> None:
         "without the episodes of which it misses a target; run it again after an interruption: it goes on."
     )
     command = add_command(kinds, "inspect", inspect_data, "videoseg data inspect data/mevis/train --check --sheet mevis.png --oracle", more)
-    command.add_argument("data", metavar="DATA", help="episodes: a folder with Parquet shards, or one file")
+    command.add_argument("data", **_EPISODES)
     command.add_argument("--check", action="store_true", help="compare every episode with its media: sizes, masks, boxes, points, ids")
     command.add_argument("--sheet", metavar="FILE.png", help="draw some episodes with their masks")
     command.add_argument("--episodes", type=int, default=12, metavar="N", help="episodes on the sheet (default 12)")
@@ -68,7 +70,7 @@ def add_to(commands: Any) -> None:
     )
     example = "videoseg data difficulty data/train data/train_rated --model Qwen/Qwen2.5-VL-72B-Instruct --vllm tensor_parallel_size=4"
     command = add_command(kinds, "difficulty", difficulty, example, more)
-    command.add_argument("data", metavar="DATA", help="episodes: a folder with Parquet shards, or one file")
+    command.add_argument("data", **_EPISODES)
     command.add_argument("out", metavar="OUT", help="folder for the rated copy; its episodes refer to the same videos")
     command.add_argument("--model", required=True, help="checkpoint folder or hub id; with --endpoint the name that it knows")
     command.add_argument("--endpoint", metavar="URL", help="ask a service: base URL, usually ending in /v1")
