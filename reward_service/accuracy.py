@@ -23,20 +23,16 @@ def accuracy(group: Group) -> tuple[dict[str, list[float]], list[float]]:
     pairs, box_iou_PN = _pairs(group, active)
     gain_PN = sum((getattr(weights, name) * pairs[k] for k, name in enumerate(active)), np.zeros_like(box_iou_PN))
     largest = np.array([max(a.n_items if a.strict else 0, len(target)) for a in group.answers])
-    values = [matched / largest for matched in _matched_sums(gain_PN, pairs, objects)] if active else []
-    return dict(zip(active, (v.tolist() for v in values))), (_matched_sums(box_iou_PN, box_iou_PN[None], objects)[0] / largest).tolist()
+    sizes = np.array([len(mine) for mine in objects])
+    values = [matched / largest for matched in _matched_sums(gain_PN, pairs, sizes)] if active else []
+    return dict(zip(active, (v.tolist() for v in values))), (_matched_sums(box_iou_PN, box_iou_PN[None], sizes)[0] / largest).tolist()
 
 
-def _matched_sums(gain_PN, values_KPN, objects) -> list[np.ndarray]:
+def _matched_sums(gain_PN, values_KPN, sizes_G) -> list[np.ndarray]:
     """For each of the K values its sum (G,) over the pairs that `gain` assigns, answer by answer."""
-    ends = np.cumsum([len(mine) for mine in objects])
-    starts = ends - [len(mine) for mine in objects]
-    matched = [matching.assign(gain_PN[start:end]) for start, end in zip(starts.tolist(), ends.tolist())]
-    counts = [len(rows) for rows, _ in matched]
-    rows = np.concatenate([rows for rows, _ in matched]) + np.repeat(starts, counts)
-    picked = values_KPN[:, rows, np.concatenate([columns for _, columns in matched])]
-    owner = np.repeat(np.arange(len(objects)), counts)
-    return [np.bincount(owner, weights=one, minlength=len(objects)) for one in picked]
+    rows, columns = matching.assign_each(gain_PN, sizes_G)
+    owner = np.repeat(np.arange(len(sizes_G)), sizes_G)[rows]
+    return [np.bincount(owner, weights=one, minlength=len(sizes_G)) for one in values_KPN[:, rows, columns]]
 
 
 def _pairs(group: Group, active: list[str]) -> tuple[np.ndarray, np.ndarray]:

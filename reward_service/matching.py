@@ -69,6 +69,28 @@ def assign(gain_MN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return _solver()(gain_MN, maximize=True)
 
 
+def assign_each(gain_PN: np.ndarray, sizes_G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`assign` of each of G blocks of so many rows, faster: rows of the whole and their columns, in order within a block.
+
+    Where each row of a block is largest in one column, and no two of them in the same, that is the only best assignment. The solver does the rest.
+    """
+    groups, columns = len(sizes_G), gain_PN.shape[1]
+    block_P = np.repeat(np.arange(groups), sizes_G)
+    largest_PN = gain_PN == gain_PN.max(axis=1, keepdims=True)
+    column_P = largest_PN.argmax(axis=1)
+    place_P = block_P * columns + column_P
+    clear_P = (largest_PN.sum(axis=1) == 1) & (np.bincount(place_P, minlength=1)[place_P] == 1)
+    clear_G = np.bincount(block_P[~clear_P], minlength=groups) == 0
+    ends = np.cumsum(sizes_G)
+    rows = [np.flatnonzero(clear_G[block_P])]
+    found = [column_P[rows[0]]]
+    for g in np.flatnonzero(~clear_G).tolist():
+        mine, theirs = assign(gain_PN[ends[g] - sizes_G[g] : ends[g]])
+        rows.append(mine + (ends[g] - sizes_G[g]))
+        found.append(theirs)
+    return np.concatenate(rows), np.concatenate(found)
+
+
 @cache
 def _solver():
     from scipy.optimize import linear_sum_assignment  # takes a second, which rewards of one object need not wait for

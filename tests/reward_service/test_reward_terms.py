@@ -69,6 +69,16 @@ def test_assignment_is_the_best_of_all(m, n, seed):
     assert gain[i, j].sum() == best
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_assignments_of_a_group_are_those_of_each(sizes, n, values, seed):
+    gain = np.random.default_rng(seed).integers(0, values, (sum(sizes), n)).astype(float)
+    starts = np.cumsum([0, *sizes])
+    each = [(i + start, j) for start, end in itertools.pairwise(starts) for i, j in [matching.assign(gain[start:end])]]
+    rows, columns = matching.assign_each(gain, np.array(sizes))
+    assert sorted(zip(rows, columns)) == sorted((i, j) for pairs in each for i, j in zip(*pairs))
+
+
 def test_thresholds_are_strict():
     assert terms.above([0.5, 0.5000001, 1.0], 0.5, "threshold").tolist() == [0, 1, 1]
     assert terms.above([0.2, 0.7], 0.5, "graded").tolist() == [0.2, 0.7]
