@@ -71,7 +71,8 @@ def _numbers(value, n: int):
         return None
     for v in value:
         # Not a bool; no comparison holds for a NaN. A number at or past 1e9 is no coordinate, which also refuses what is too big for a float.
-        if not (type(v) is int or type(v) is float) or not -1e9 < v < 1e9:
+        # The bounds are integers, as coordinates mostly are: comparing those with floats takes longer.
+        if not (type(v) is int or type(v) is float) or not -(10**9) < v < 10**9:
             return None
     return tuple(value)
 
@@ -83,7 +84,7 @@ def _points(value) -> tuple:
     single = _numbers(value, 2)
     if single:
         return (single,)
-    return tuple(p for p in (_numbers(v, 2) for v in value[:MAX_NEGATIVE_POINTS]) if p)
+    return tuple([p for v in value[:MAX_NEGATIVE_POINTS] if (p := _numbers(v, 2))])
 
 
 # ---- everything that is not the strict form ----
