@@ -12,7 +12,7 @@ STACKS := requirements/stacks.txt
 train: setup
 	$(BIN)/videoseg train
 
-# Two files at a time, in their order: the long ones come early. More at once would want more than 24 GiB.
+# Two files at a time (for two cores and 24 GiB), in their order: long ones come early.
 test: setup
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
