@@ -1,4 +1,4 @@
-"""A run that is killed five times at random moments and resumed repeats the undisturbed run to the last bit (ten minutes; docs/killed-and-resumed.json)."""
+"""A run that is killed five times at random moments and resumed repeats the undisturbed run to the last bit (eight minutes on two cores; docs/killed-and-resumed.json)."""
 
 import hashlib
 import json
