@@ -81,12 +81,13 @@ def assign_each(gain_PN: np.ndarray, sizes_G: np.ndarray) -> tuple[np.ndarray, n
     place_P = block_P * columns + column_P
     clear_P = (largest_PN.sum(axis=1) == 1) & (np.bincount(place_P, minlength=1)[place_P] == 1)
     clear_G = np.bincount(block_P[~clear_P], minlength=groups) == 0
-    ends = np.cumsum(sizes_G)
+    ends_G = np.cumsum(sizes_G)
+    starts_G = ends_G - sizes_G
     rows = [np.flatnonzero(clear_G[block_P])]
     found = [column_P[rows[0]]]
     for g in np.flatnonzero(~clear_G).tolist():
-        mine, theirs = assign(gain_PN[ends[g] - sizes_G[g] : ends[g]])
-        rows.append(mine + (ends[g] - sizes_G[g]))
+        mine, theirs = assign(gain_PN[starts_G[g] : ends_G[g]])
+        rows.append(starts_G[g] + mine)
         found.append(theirs)
     return np.concatenate(rows), np.concatenate(found)
 
