@@ -22,8 +22,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import scipy.optimize  # noqa: F401 (else the first answer that is matched waits for it)
-import scipy.spatial  # noqa: F401 (else the first negative point does)
 
 from side_by_side import machine, publish
 from reward_service import FrameTarget, RewardConfig, Target, parse_answer, score, score_group

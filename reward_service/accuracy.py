@@ -23,16 +23,16 @@ def accuracy(group: Group) -> tuple[dict[str, list[float]], list[float]]:
     pairs, box_iou_PN = _pairs(group, active)
     gain_PN = sum((getattr(weights, name) * pairs[k] for k, name in enumerate(active)), np.zeros_like(box_iou_PN))
     largest = np.array([max(a.n_items if a.strict else 0, len(target)) for a in group.answers])
-    sizes = np.array([len(mine) for mine in objects])
-    values = [matched / largest for matched in _matched_sums(gain_PN, pairs, sizes)] if active else []
-    return dict(zip(active, (v.tolist() for v in values))), (_matched_sums(box_iou_PN, box_iou_PN[None], sizes)[0] / largest).tolist()
+    owner_P = np.repeat(np.arange(len(objects)), [len(mine) for mine in objects])
+    values = _matched_means(gain_PN, pairs, owner_P, largest) if active else []
+    return dict(zip(active, values)), _matched_means(box_iou_PN, box_iou_PN[None], owner_P, largest)[0]
 
 
-def _matched_sums(gain_PN, values_KPN, sizes_G) -> list[np.ndarray]:
-    """For each of the K values its sum (G,) over the pairs that `gain` assigns, answer by answer."""
-    rows, columns = matching.assign_each(gain_PN, sizes_G)
-    owner = np.repeat(np.arange(len(sizes_G)), sizes_G)[rows]
-    return [np.bincount(owner, weights=one, minlength=len(sizes_G)) for one in values_KPN[:, rows, columns]]
+def _matched_means(gain_PN, values_KPN, owner_P, largest_G) -> list[list[float]]:
+    """For each of the K values its sum over the pairs that `gain` assigns over the `largest` number of objects, answer by answer."""
+    rows, columns = matching.assign_each(gain_PN, owner_P)
+    owners = owner_P[rows]
+    return [(np.bincount(owners, one, len(largest_G)) / largest_G).tolist() for one in values_KPN[:, rows, columns]]
 
 
 def _pairs(group: Group, active: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from reward_service.matching import rows_of
 from segmentation_service import geometry
@@ -15,8 +16,6 @@ class MaskDistance:
     """
 
     def __init__(self, mask_HW: np.ndarray, pitch_yx: tuple[float, float] = (1.0, 1.0)) -> None:
-        from scipy.spatial import cKDTree
-
         self.mask_HW, self.pitch_yx = mask_HW, pitch_yx
         self.tree = cKDTree(edge_pixels(mask_HW) * pitch_yx)
 

@@ -7,10 +7,11 @@ a missing box or point: it overlaps nothing (0) and is infinitely far.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from itertools import chain
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
 
 from reward_service import bitmaps
 
@@ -32,13 +33,12 @@ def box_iou_matrix(predicted_M4: np.ndarray, true_N4: np.ndarray) -> np.ndarray:
 
 def box_l1_matrix(predicted_M4: np.ndarray, true_N4: np.ndarray) -> np.ndarray:
     """(M, N) mean absolute difference of the four coordinates; inf for a missing box."""
-    return _infinite(np.abs(predicted_M4.T[:, :, None] - true_N4.T[:, None, :]).mean(axis=0))
+    return _infinite(cdist(predicted_M4, true_N4, "cityblock") / 4)
 
 
 def point_distance_matrix(predicted_M2: np.ndarray, true_N2: np.ndarray) -> np.ndarray:
     """(M, N) Euclidean distance; inf for a missing point."""
-    x, y = predicted_M2.T[:, :, None] - true_N2.T[:, None, :]
-    return _infinite(np.sqrt(x * x + y * y))
+    return _infinite(cdist(predicted_M2, true_N2))
 
 
 def point_in_own_box(points_M2: np.ndarray, boxes_M4: np.ndarray) -> np.ndarray:
@@ -66,37 +66,31 @@ def assign(gain_MN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(1, int), gain_MN.argmax(axis=1)
     if n == 1:
         return gain_MN.argmax(axis=0), np.zeros(1, int)
-    return _solver()(gain_MN, maximize=True)
+    return linear_sum_assignment(gain_MN, maximize=True)
 
 
-def assign_each(gain_PN: np.ndarray, sizes_G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`assign` of each of G blocks of so many rows, faster: rows of the whole and their columns, in order within a block.
+def assign_each(gain_PN: np.ndarray, block_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`assign` of each block of rows, faster: rows of the whole and their columns, in order within a block.
 
-    Where each row of a block is largest in one column, and no two of them in the same, that is the only best assignment. The solver does the rest.
+    block_P: number of the block of each row, in ascending order. Where each row of a block is largest in one column, and no two of them in
+    the same, that is the only best assignment. The solver does the rest.
     """
-    groups, columns = len(sizes_G), gain_PN.shape[1]
-    block_P = np.repeat(np.arange(groups), sizes_G)
-    largest_PN = gain_PN == gain_PN.max(axis=1, keepdims=True)
-    column_P = largest_PN.argmax(axis=1)
-    place_P = block_P * columns + column_P
-    clear_P = (largest_PN.sum(axis=1) == 1) & (np.bincount(place_P, minlength=1)[place_P] == 1)
-    clear_G = np.bincount(block_P[~clear_P], minlength=groups) == 0
-    ends_G = np.cumsum(sizes_G)
-    starts_G = ends_G - sizes_G
-    rows = [np.flatnonzero(clear_G[block_P])]
-    found = [column_P[rows[0]]]
-    for g in np.flatnonzero(~clear_G).tolist():
-        mine, theirs = assign(gain_PN[starts_G[g] : ends_G[g]])
-        rows.append(starts_G[g] + mine)
+    rows_P, column_P = np.arange(len(gain_PN)), gain_PN.argmax(axis=1)
+    place_P = block_P * gain_PN.shape[1] + column_P
+    alone_P = np.bincount(place_P, minlength=1)[place_P] == 1
+    clear_P = alone_P & (np.count_nonzero(gain_PN == gain_PN[rows_P, column_P, None], axis=1) == 1)
+    if clear_P.all():
+        return rows_P, column_P
+    unclear_B = np.zeros(block_P[-1] + 1, bool)
+    unclear_B[block_P[~clear_P]] = True
+    done_P = ~unclear_B[block_P]
+    rows, found = [rows_P[done_P]], [column_P[done_P]]
+    for block in np.flatnonzero(unclear_B):
+        start, end = np.searchsorted(block_P, (block, block + 1))
+        mine, theirs = assign(gain_PN[start:end])
+        rows.append(start + mine)
         found.append(theirs)
     return np.concatenate(rows), np.concatenate(found)
-
-
-@cache
-def _solver():
-    from scipy.optimize import linear_sum_assignment  # takes a second, which rewards of one object need not wait for
-
-    return linear_sum_assignment
 
 
 def _infinite(distances: np.ndarray) -> np.ndarray:

@@ -95,15 +95,11 @@ def score_group(
     weights = [(name, f"weighted_{name}", getattr(config.weights, name)) for name in formula.MAXIMA]
     weights = [entry for entry in weights if entry[2]]
     out = []
-    for i, (answer, (row, diagnostics)) in enumerate(zip(answers, rows)):
-        s = _length_penalty(
-            answer,
-            config.length,
-            difficulty,
-            uncertainties[i] if uncertainties is not None else None,
-            lengths[i] if lengths is not None else None,
-            diagnostics,
-        )
+    unknown = [None] * n
+    uncertainties, lengths = (unknown if given is None else given for given in (uncertainties, lengths))
+    penalties = _length_penalties(answers, config.length, difficulty, uncertainties, lengths)
+    for answer, (row, diagnostics), (s, of_length) in zip(answers, rows, penalties):
+        diagnostics |= of_length
         terms, original = {}, 0.0
         for name, weighted_name, weight in weights:
             terms[name] = row[name]
@@ -115,16 +111,17 @@ def score_group(
     return out
 
 
-def _length_penalty(answer, config, difficulty, uncertainty, length, diagnostics) -> float:
+def _length_penalties(answers, config, difficulty, uncertainties, lengths) -> list[tuple[float, dict]]:
+    """The factor of each answer, and what its diagnostics say of its length."""
     if not config.penalty:
-        if length is not None:
-            diagnostics["length"] = float(length)
-        return 1.0
-    used = lengths_of.used_length(answer.text, length, config)
-    allowed = lengths_of.budget(difficulty, uncertainty, config)
-    diagnostics["length"], diagnostics["budget"] = used, allowed
-    diagnostics["difficulty"] = config.default_difficulty if difficulty is None else difficulty
-    return lengths_of.penalty(used, allowed, config)
+        return [(1.0, {} if length is None else {"length": float(length)}) for length in lengths]
+    difficulty = config.default_difficulty if difficulty is None else difficulty
+    budgets = {uncertainty: lengths_of.budget(difficulty, uncertainty, config) for uncertainty in set(uncertainties)}
+    out = []
+    for answer, uncertainty, length in zip(answers, uncertainties, lengths):
+        used, allowed = lengths_of.used_length(answer.text, length, config), budgets[uncertainty]
+        out.append((lengths_of.penalty(used, allowed, config), {"length": used, "budget": allowed, "difficulty": difficulty}))
+    return out
 
 
 def maximum(config: Optional[RewardConfig] = None) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -22,22 +24,18 @@ def below(distance, threshold: float, grading: str, reach: float):
     return (distance < threshold).astype(np.float64)
 
 
-def negative_points(distances_K, tau: float, grading: str, reach: float) -> float:
-    """Share of the K predicted negative points with 0 < d <= tau; 0 when K = 0. Source: VideoSeg-R1's tau_neg, 40 px.
+def negative_points(distances_K: np.ndarray, sizes_G: Sequence[int], tau: float, grading: str, reach: float) -> np.ndarray:
+    """(G,) of each answer the share of its predicted negative points with 0 < d <= tau; 0 without one. Source: VideoSeg-R1's tau_neg, 40 px.
 
-    distances_K: L1 distance of each point to the nearest pixel of any true mask (inf: out of the image, nothing to find).
-    A point on the target (d = 0) earns nothing. Graded (ours): 1 up to tau, then linearly to 0 at `reach` x tau.
+    distances_K: L1 distance of each point to the nearest pixel of any true mask (inf: out of the image, nothing to find), answer by answer,
+    of which each has so many as sizes_G says. A point on the target (d = 0) earns nothing. Graded (ours): 1 up to tau, then linearly to 0
+    at `reach` x tau.
     """
     slope = (reach - 1.0) * tau if grading == "graded" else 0.0
-
-    def earned(d: float) -> float:
-        if d <= 0:
-            return 0.0
-        if d <= tau:
-            return 1.0
-        return max(0.0, 1.0 - (d - tau) / slope) if slope > 0 else 0.0
-
-    return sum(map(earned, distances_K)) / len(distances_K) if len(distances_K) else 0.0
+    earned_K = (distances_K <= tau).astype(np.float64) if slope <= 0 else np.clip(1.0 - (distances_K - tau) / slope, 0.0, 1.0)
+    earned_K[distances_K <= 0] = 0.0
+    sums_G = np.bincount(np.repeat(np.arange(len(sizes_G)), sizes_G), earned_K, len(sizes_G))
+    return sums_G / np.maximum(sizes_G, 1)
 
 
 def no_repeat(text: str, max_repeats: int = 2) -> float:

@@ -18,6 +18,8 @@ shape including none, and returns a new array of that shape.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 UNITS = ("pixels", "relative_1000")
@@ -73,7 +75,7 @@ def boxes_in_frame(boxes, hw) -> np.ndarray:
     """
     boxes = _as_floats(boxes, 4)
     height, width = _size(hw)
-    x1, y1, x2, y2 = np.moveaxis(boxes, -1, 0)
+    x1, y1, x2, y2 = (boxes[..., k] for k in range(4))
     with np.errstate(invalid="ignore"):
         ordered = (x1 <= x2) & (y1 <= y2)
         meets = (x1 < width) & (y1 < height) & (x2 >= 0) & (y2 >= 0)
@@ -87,7 +89,7 @@ def points_in_frame(points, hw) -> np.ndarray:
     """
     points = _as_floats(points, 2)
     height, width = _size(hw)
-    x, y = np.moveaxis(points, -1, 0)
+    x, y = points[..., 0], points[..., 1]
     with np.errstate(invalid="ignore"):
         return (x >= 0) & (x <= width) & (y >= 0) & (y <= height)
 
@@ -116,7 +118,7 @@ def _units_hw(units: str, policy_hw) -> tuple[float, float]:
 
 def _size(hw) -> tuple[float, float]:
     height, width = hw
-    if not (np.isfinite(height) and np.isfinite(width) and height > 0 and width > 0):
+    if not (0 < height < math.inf and 0 < width < math.inf):
         raise ValueError(f"a size is (height, width), both positive; got {tuple(hw)}")
     return float(height), float(width)
 
@@ -143,7 +145,7 @@ def _as_boxes_or_points(values) -> np.ndarray:
 
 def _xy(hw, last: int) -> np.ndarray:
     height, width = _size(hw)
-    return np.tile([width, height], last // 2)
+    return np.array([width, height] * (last // 2))
 
 
 def _scale(array: np.ndarray, from_hw, to_hw) -> np.ndarray:

@@ -13,6 +13,7 @@ import json
 from contextlib import suppress
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from reward_service import terms
 from reward_service.presets.vision_reasoner import all_plain, decoded, iou_matrix, numbers, scaled_array, slices
@@ -116,8 +117,6 @@ def _overlap(boxes, true, factor) -> np.ndarray:
 
 
 def _matched(overlap_MN, answered, objects: int) -> tuple[float, dict]:
-    from scipy.optimize import linear_sum_assignment
-
     with np.errstate(all="ignore"):
         rows, columns = linear_sum_assignment(1.0 - overlap_MN)
         value = float(overlap_MN[rows, columns].sum()) / max(len(answered), objects)

@@ -6,6 +6,7 @@ A term is the function that bears the name of its weight: it takes the group and
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import chain
 from typing import Sequence
 
 from reward_service import terms
@@ -67,9 +68,8 @@ def negative_point(group: Group) -> list[float]:
     pitch_yx = group.to_target[::-1]
     distance = target.cached(("distance", pitch_yx), lambda: MaskDistance(union, pitch_yx))
     points = [[p for one in a.objects[: len(mine)] for p in one.negative_points] for a, mine in zip(group.answers, group.objects)]
-    distances = iter(distance.at([p for mine in points for p in mine]).tolist())
-    each = ([next(distances) for _ in mine] for mine in points)
-    return [terms.negative_points(d, config.negative_reach, config.negative_grading, config.graded_reach) for d in each]
+    distances = distance.at(list(chain.from_iterable(points)))
+    return terms.negative_points(distances, list(map(len, points)), config.negative_reach, config.negative_grading, config.graded_reach).tolist()
 
 
 def no_repeat(group: Group) -> list[float]:

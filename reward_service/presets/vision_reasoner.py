@@ -13,6 +13,7 @@ from contextlib import suppress
 from itertools import accumulate, chain
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from reward_service import terms
 from reward_service.space import factors
@@ -164,7 +165,5 @@ def _values(boxes, points, true_boxes, true_points, config, factor) -> np.ndarra
 
 
 def _matched(values_KMN, answered: int) -> list[float]:
-    from scipy.optimize import linear_sum_assignment
-
     rows, columns = linear_sum_assignment(3.0 - values_KMN.sum(0))
     return (values_KMN[:, rows, columns].sum(1) / max(answered, values_KMN.shape[2])).tolist()

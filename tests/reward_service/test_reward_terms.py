@@ -75,7 +75,7 @@ def test_assignments_of_a_group_are_those_of_each(sizes, n, values, seed):
     gain = np.random.default_rng(seed).integers(0, values, (sum(sizes), n)).astype(float)
     starts = np.cumsum([0, *sizes])
     each = [(i + start, j) for start, end in itertools.pairwise(starts) for i, j in [matching.assign(gain[start:end])]]
-    rows, columns = matching.assign_each(gain, np.array(sizes))
+    rows, columns = matching.assign_each(gain, np.repeat(np.arange(len(sizes)), sizes))
     assert sorted(zip(rows, columns)) == sorted((i, j) for pairs in each for i, j in zip(*pairs))
 
 
@@ -92,12 +92,18 @@ def test_thresholds_are_strict():
     [([], 0), ([0], 0), ([0.5], 1), ([40], 1), ([40.01], 0), ([np.inf], 0), ([0, 1, 40, 41], 0.5), ([1, 2, 3], 1)],
 )
 def test_negative_points(distances, value):
-    assert terms.negative_points(distances, 40, "threshold", 4) == value
+    assert negative_points([distances], "threshold") == [value]
 
 
 def test_graded_negative_points():
-    assert terms.negative_points([100], 40, "graded", 4) == pytest.approx(0.5)  # half-way from 40 to 160
-    assert terms.negative_points([0, 20, 160, np.inf], 40, "graded", 4) == pytest.approx(0.25)
+    # half-way from 40 to 160; none of a second answer; of a third the first lies on the target
+    assert negative_points([[100], [], [0, 20, 160, np.inf]], "graded") == pytest.approx([0.5, 0, 0.25])
+    assert negative_points([[0, 40, 41]], "graded", reach=1) == pytest.approx([1 / 3])
+
+
+def negative_points(distances, grading, reach=4):
+    """Of each answer, given the distances of its points."""
+    return terms.negative_points(np.array(sum(distances, [])), [len(of) for of in distances], 40, grading, reach).tolist()
 
 
 @pytest.mark.parametrize(
