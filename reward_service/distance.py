@@ -37,6 +37,9 @@ class MaskDistance:
 
 def edge_pixels(mask_HW: np.ndarray) -> np.ndarray:
     """int64 (K, 2), row and column: the pixels of the mask with a neighbour that is not in it. One of them is nearest to any point outside."""
-    padded = np.pad(mask_HW, 1, constant_values=True)
-    surrounded = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return np.argwhere(mask_HW & ~surrounded)
+    inner_HW = mask_HW.copy()
+    inner_HW[1:] &= mask_HW[:-1]
+    inner_HW[:-1] &= mask_HW[1:]
+    inner_HW[:, 1:] &= mask_HW[:, :-1]
+    inner_HW[:, :-1] &= mask_HW[:, 1:]
+    return np.stack(np.divmod(np.flatnonzero(mask_HW != inner_HW), mask_HW.shape[1]), axis=1)  # faster than argwhere
