@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated, Optional
+
+import msgspec
 
 from reward_service.answer import Answer, AnswerObject
 from reward_service.tags import END_THINK, _find, answer_region, has_think_format
 
 MAX_OBJECTS = 120  # VisionReasoner's cap; also bounds what a completion can ask of the segmenter
 MAX_NEGATIVE_POINTS = 120  # per object, ours, for the same reason
+LIMIT = 10**9  # no coordinate is as large; an integer, as most coordinates are, for comparing those with floats takes longer
 
 _BOX_KEYS = ("bbox_2d", "bbox", "box", "boxes")
 _POINT_KEYS = ("point_2d", "point", "points_1", "points_2", "positive_points", "points")
@@ -31,6 +35,8 @@ def parse_answer(text: str) -> Answer:
         raise TypeError(f"a completion is a str, got {type(text).__name__}")
     think_format = has_think_format(text)
     start, end, closed = answer_region(text)
+    if closed and (perfect := _perfect_objects(text[start:end])) is not None:
+        return Answer(text, think_format, True, len(perfect), 2.0 if perfect else 0.0, perfect[:MAX_OBJECTS], perfect[:MAX_OBJECTS])
     data = _decode(text[start:end]) if closed else None
     if type(data) is list:
         objects, points_sum = _strict_objects(data)
@@ -40,6 +46,27 @@ def parse_answer(text: str) -> Answer:
         data = _salvage(text, start, end)
     objects, keyframe = _loose_objects(data)
     return Answer(text, think_format, False, len(objects), 0.0, objects, objects, keyframe)
+
+
+_Number = Annotated[int, msgspec.Meta(gt=-LIMIT, lt=LIMIT)] | Annotated[float, msgspec.Meta(gt=-LIMIT, lt=LIMIT)]
+
+
+class _Perfect(msgspec.Struct, forbid_unknown_fields=True):
+    bbox_2d: tuple[_Number, _Number, _Number, _Number]
+    point_2d: tuple[_Number, _Number]
+    negative_point_2d: Optional[tuple[_Number, _Number]] = None
+
+
+_PERFECT = msgspec.json.Decoder(list[_Perfect])
+
+
+def _perfect_objects(text: str) -> tuple[AnswerObject, ...] | None:
+    """What `_decode` and `_strict_objects` make of a list of complete objects with these keys only, in a third of the time; else None."""
+    try:
+        items = _PERFECT.decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return tuple([AnswerObject(i.bbox_2d, (i.point_2d,), (i.negative_point_2d,) if i.negative_point_2d else (), n) for n, i in enumerate(items)])
 
 
 def _decode(text: str):
@@ -70,9 +97,8 @@ def _numbers(value, n: int):
     if type(value) is not list or len(value) != n:
         return None
     for v in value:
-        # Not a bool; no comparison holds for a NaN. A number at or past 1e9 is no coordinate, which also refuses what is too big for a float.
-        # The bounds are integers, as coordinates mostly are: comparing those with floats takes longer.
-        if not (type(v) is int or type(v) is float) or not -(10**9) < v < 10**9:
+        # Not a bool; no comparison holds for a NaN. The limit also refuses what is too big for a float.
+        if not (type(v) is int or type(v) is float) or not -LIMIT < v < LIMIT:
             return None
     return tuple(value)
 

@@ -1,13 +1,14 @@
 """Whatever a policy writes: no exception, and no reward outside its bounds, for every preset."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from reward_service import FrameTarget, RewardConfig, Target, TermWeights, maximum, parse_answer, score, score_group
+from reward_service import FrameTarget, RewardConfig, Target, TermWeights, maximum, parse_answer, parsing, score, score_group
 from reward_service.config import FORMULAS
 from reward_service.presets import veason_r1, vision_reasoner
 
@@ -71,6 +72,37 @@ SAID = {
     "revseg": st.lists(OBJECTS, max_size=2),
 }
 TWO = Target((84, 84), [[10, 10, 19, 19], [40, 40, 60, 60]], [[[15, 15]], [[50, 50]]], frames={0: FrameTarget([[10, 10, 19, 19], [40, 40, 60, 60]], [MASK[0]] * 2), 3: FrameTarget([None, [40, 40, 60, 60]], [None, MASK[0]])})  # fmt: skip
+
+
+PARTS = st.sampled_from(["[", "]", "{", "}", ",", '"', "1", "0", "-", ".", "e9", "true", " ", "\n", "\x0c", "\x00", "\\", "\ufeff", "\ud800", "é"])
+NAMED = st.sampled_from(['"bbox_2d":[1,2,3,4]', '"bbox_2d":[1,2,3,4.5]', '"point_2d":[1,2]', '"negative_point_2d":[0,1e2]', '"negative_point_2d":null'])
+NAMED = NAMED | st.tuples(st.sampled_from(["bbox_2d", "bbox\\u005f2d", "point_2d", "negative_point_2d", "a"]), (VALUES | OBJECTS).map(json.dumps)).map(lambda t: '"%s":%s' % t)
+LISTED = st.lists(st.lists(NAMED, max_size=4).map(lambda named: "{" + ", ".join(named) + "}") | st.just('{"bbox_2d":[1,2,3,4],"point_2d":[1,2]}'), max_size=4).map(", ".join)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(LISTED, st.integers(0), st.text(max_size=3) | PARTS | NUMBERS.map(json.dumps))
+@example('{"bbox_2d":[1,2,3,4],"point_2d":[1,2],"a":%s}' % ("9" * 4301), 0, "")
+@example('{"bbox_2d":[1,2,3,4],"point_2d":[1,2],"negative_point_2d":[1,%s]}' % ("9" * 4301), 0, "")
+@example('{"bbox_2d":[1,2,3,4],"point_2d":[1,%s]}' % ("[" * 3000 + "]" * 3000), 0, "")
+@example('{"bbox_2d":[1,2,3,4],"point_2d":[-0,-0.0]}', 0, "")
+@example('{"bbox_2d":[1,2,3,4],"point_2d":[0.1000000000000000055511151231257827021181583404541015625,2.2250738585072011e-308]}', 0, "")
+@example('{"bbox_2d":[1,2,3,999999999],"point_2d":[-999999999.9999999,2]}, {"bbox_2d":[1,2,3,1e9],"point_2d":[1,2]}', 0, "")
+@example(", ".join(['{"bbox_2d":[1,2,3,4],"point_2d":[1,2]}'] * 125), 0, "")
+def test_perfect_answers_are_read_as_all_others(listed, at, inserted):
+    """By the schema, then by json and our own checks: equal to the type of each number."""
+    text = f"[{listed}]"
+    at %= len(text) + 1
+    text = f"<think></think><answer>{text[:at]}{inserted}{text[at:]}</answer>"
+    found = parse_answer(text)
+    with mock.patch.object(parsing, "_perfect_objects", lambda text: None):
+        assert repr(vars(found)) == repr(vars(parse_answer(text)))
+
+
+def test_the_form_that_is_asked_for_is_read_by_the_schema():
+    said = [{"bbox_2d": [1, 2, 3, 4], "point_2d": [1, 2.5]}, {"bbox_2d": [1, 2, 3, 4], "point_2d": [1, 2], "negative_point_2d": [5, 6]}]
+    with mock.patch.object(parsing, "_decode", side_effect=AssertionError):
+        assert len(parse_answer(f"<think></think><answer>{json.dumps(said)}</answer>").objects) == 2
 
 
 @pytest.mark.parametrize("name", SAID)
