@@ -177,6 +177,42 @@ def segment(options: argparse.Namespace) -> None:
     print(segmenting.summary(Path(options.out), statuses))
 
 
+def evaluate(options: argparse.Namespace) -> None:
+    """Evaluate a policy, or predictions that are there, on a benchmark: its official numbers, strict ones, and every expression's."""
+    from cluster import evaluate as evaluating
+    from cluster import eval_results
+    from cluster.benchmark_scores import score_predictions
+    from cluster.policies import find_policy
+    from cluster.segment import Sampling
+    from rollout.episodes import read_episodes
+
+    checkpoint, settings = file_and_overrides(options)
+    if (checkpoint is None) == (options.predictions is None):
+        what = "neither a CHECKPOINT nor --predictions is" if checkpoint is None else "both a CHECKPOINT and --predictions are"
+        raise UserError(f"{what} given", "give the policy to evaluate, or the folder of predictions to score")
+    note = lambda text: print(text, file=sys.stderr, flush=True)
+    episodes, out = list(read_episodes(options.data)), Path(options.out)
+    predictions, answers = Path(options.predictions or out / evaluating.PREDICTIONS), {}
+    if checkpoint is not None:
+        sampling = Sampling.of(options.sampler, [s.removeprefix("sampler.") for s in settings if s.startswith("sampler.")])
+        policy = find_policy(checkpoint, options.config, [s for s in settings if not s.startswith("sampler.")])
+        evaluation = evaluating.Evaluation(options.benchmark, Path(options.data), out, policy, sampling, options.oracle)
+        evaluating.predict(evaluation, episodes, note)
+        answers = evaluation.answered()
+    if options.zip:
+        print(f"{options.zip}: {eval_results.write_zip(predictions, Path(options.zip), 'Annotations' if options.benchmark == 'ref_youtube_vos' else '')} images")
+    if episodes and not any(e.annotated_frames for e in episodes):
+        print(f"the masks of {options.data} are not public: nothing is scored here; the predictions are in {predictions}")
+        return
+    tell = lambda done, of: note(f"{done}/{of} videos scored") if done == of or not done % 50 else None
+    scores = score_predictions(options.benchmark, episodes, predictions, options.workers or os.cpu_count() or 1, tell)
+    out.mkdir(parents=True, exist_ok=True)
+    eval_results.write_scores(scores, out, answers)
+    print("\n".join(eval_results.table_lines(scores)))
+    if options.against:
+        print(f"{options.against} -> {options.out}: {eval_results.compare(Path(options.against), out)}")
+
+
 def show_config(options: argparse.Namespace) -> None:
     """Print the configuration as it would run here, every key with its meaning."""
     from dataclasses import replace
@@ -340,6 +376,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--rle", action="store_true", help="masks.json of COCO RLEs in place of the PNGs")
     command.add_argument("--no-overlay", action="store_true", help="write no overlay.mp4")
     command.add_argument("--fps", type=float, default=24.0, metavar="N", help="frames a second of a folder of images (default 24)")
+
+    rule = (
+        "BENCHMARK: revos, mevis, ref_youtube_vos, ref_davis17, reasonvos, reasonseg, refcoco, refcoco+, refcocog, or the source that your\n"
+        "own episodes name (toy). Predictions go to\n"
+        "OUT/predictions/<video>/<expression>/<frame>.png, results to OUT/scores.json and OUT/expressions.parquet. Run it again after an\n"
+        "interruption: what is answered is skipped. Settings are those of `videoseg segment`. docs/evaluation.md"
+    )
+    command = add_command(commands, "eval", evaluate, "videoseg eval mevis runs/latest --data data/mevis/valid_u --out evals/latest-mevis", rule)
+    command.add_argument("benchmark", metavar="BENCHMARK", help="the benchmark, as `videoseg data import` calls it")
+    command.add_argument("settings", metavar="[CHECKPOINT] key=value", nargs="*", help="a run or its checkpoint, an export, a Hugging Face folder, a hub id; and settings")
+    command.add_argument("--data", required=True, metavar="DATA", help="imported episodes of one split")
+    command.add_argument("--out", required=True, metavar="OUT", help="folder for the results")
+    command.add_argument("--predictions", metavar="FOLDER", help="score these, of whatever program, in place of a CHECKPOINT's")
+    command.add_argument("--oracle", choices=("frame", "box", "mask"), help="let the truth choose the target frame; also answer; also draw the masks on that frame")
+    command.add_argument("--sampler", default="middle", metavar="NAME", help="target frame: middle (default), first, htfs, or a YAML file of `videoseg sample-frames`")
+    command.add_argument("--config", metavar="CONFIG", help="recipe or YAML file of settings (default: as for `videoseg segment`)")
+    command.add_argument("--zip", metavar="FILE", help="also pack the predictions, as the benchmarks' servers take them")
+    command.add_argument("--against", metavar="OUT2", help="an earlier evaluation: print by how much this one is better, with a 95%% interval")
+    command.add_argument("--workers", type=int, metavar="N", help="processes that score (default: one a CPU)")
 
     command = add_command(commands, "config", show_config, "videoseg config videoseg_r1_7b learner.zero_stage=2", _SETTINGS_HELP)
     _add_settings(command)

@@ -208,7 +208,7 @@ def _choose_frames(policy: Policy, sampling: Sampling, episodes: dict[Query, Epi
     if sampling.settings is not None:
         report.note(f"choosing frames with {sampling.settings.model}")
     with sampling.sampler(policy) as sampler:
-        chosen = dict(zip(episodes, _samples(sampler, list(episodes.values())), strict=True))
+        chosen = dict(zip(episodes, samples_of(sampler, list(episodes.values())), strict=True))
     for query in [q for q, sample in chosen.items() if isinstance(sample, VideoError)]:
         report.without_masks(query, Answered(episodes[query], None, "unreadable", error=str(chosen.pop(query))))
     if sampling.settings is not None:
@@ -216,14 +216,14 @@ def _choose_frames(policy: Policy, sampling: Sampling, episodes: dict[Query, Epi
     return chosen
 
 
-def _samples(sampler: FrameSampler, episodes: list[Episode]) -> list[FrameSample | VideoError]:
+def samples_of(sampler: FrameSampler, episodes: list[Episode]) -> list[FrameSample | VideoError]:
     """All together; one by one where a video among them breaks, so that it is known which."""
     try:
         return sampler.sample(episodes)
     except VideoError as error:
         if len(episodes) == 1:
             return [error]
-    return [_samples(sampler, [episode])[0] for episode in episodes]
+    return [samples_of(sampler, [episode])[0] for episode in episodes]
 
 
 def _segment(model: Inference, path: Path, group: list[tuple[Query, Answered]], outputs: Outputs, report: Report) -> None:
