@@ -72,7 +72,7 @@ def _merged(episodes: Sequence[Episode], names: list[str], folder: Path) -> tupl
     labels_THW, failed = np.zeros((len(names), episodes[0].height, episodes[0].width), np.uint8), set()
     for k, episode in enumerate(episodes):
         try:
-            masks_THW = np.stack([read_mask(folder, episode, name) for name in names])
+            masks_THW = np.stack([read_mask(folder, episode, name) > 0 for name in names])
         except BrokenPrediction:
             failed.add(k)
         else:

@@ -62,6 +62,9 @@ class Evaluation:
         """The folder, which belongs to this evaluation alone. Raises UserError where it is another's, or where the data are another benchmark's."""
         check_source(self.benchmark, episodes)
         check_tracking(self.policy.settings, episodes)
+        self.sampling.check(self.policy)
+        if self.oracle and self.sampling != Sampling():
+            raise UserError(f"--oracle {self.oracle} chooses the target frame, and --sampler {self.sampling.name} is to choose it too", "give one of them")
         about = {
             "benchmark": self.benchmark,
             "split": sorted({e.split for e in episodes}),

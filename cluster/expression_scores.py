@@ -15,10 +15,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
+import cv2
 import numpy as np
-from PIL import Image
 
-from reward_service.measures import boundary_f, intersection_and_union, jaccard, robustness
+from reward_service.measures import intersection_and_union, jaccard_and_f, robustness
 from rollout.episodes import Annotation, Episode
 from segmentation_service.video import ImageFolder, open_video
 
@@ -94,10 +94,14 @@ def over_videos(work: Callable[[list[Episode], Path], T], videos: Sequence[list[
 
 
 def score_video(episodes: list[Episode], folder: Path) -> list[ExpressionScore]:
-    """The expressions about one video or image."""
-    names = frame_names(episodes[0])
-    foreground = _Frames([a for e in episodes for o in e.objects for a in o.annotations], episodes[0])
-    return [_score(episode, names, foreground, folder) for episode in episodes]
+    """The expressions about one video or image. Frame by frame, as they share the masks of objects, which are decoded once."""
+    names, masks = frame_names(episodes[0]), _Masks(episodes)
+    found = [_Expression(episode, folder) for episode in episodes]
+    for t in sorted({t for e in episodes for t in e.annotated_frames}):
+        foreground_HW = masks.covered(t, masks.objects) if episodes[0].source == "revos" else None
+        for expression in found:
+            expression.add(t, names[t], masks, foreground_HW)
+    return [expression.score() for expression in found]
 
 
 def frame_names(episode: Episode) -> list[str]:
@@ -108,55 +112,76 @@ def frame_names(episode: Episode) -> list[str]:
 
 
 def read_mask(folder: Path, episode: Episode, name: str) -> np.ndarray:
-    """The predicted mask of one frame: bool (H, W). Raises BrokenPrediction."""
+    """The predicted mask of one frame: uint8 (H, W), anything but 0 being the answer. Raises BrokenPrediction."""
     video = folder / episode.video_id
     place = video / episode.expression_id
     if not place.is_dir():
         raise BrokenPrediction(MISSING if video.is_dir() else NO_VIDEO, str(place if video.is_dir() else video))
     file = place / f"{name}.png"
-    try:
-        with Image.open(file) as image:
-            mask_HW = np.asarray(image.convert("L")) > 0
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BrokenPrediction(BROKEN, f"{file}: {'no such file' if not file.exists() else error}") from error
-    if mask_HW.shape != (episode.height, episode.width):
-        raise BrokenPrediction(BROKEN, f"{file} is {mask_HW.shape}, the frame {(episode.height, episode.width)} (height, width)")
-    return mask_HW
+    image = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE) if file.is_file() else None  # as the official programs do
+    if image is None:
+        raise BrokenPrediction(BROKEN, f"{file} " + ("cannot be read" if file.exists() else "is missing"))
+    if image.shape != (episode.height, episode.width):
+        raise BrokenPrediction(BROKEN, f"{file} is {image.shape}, the frame {(episode.height, episode.width)} (height, width)")
+    return image
 
 
-class _Frames:
-    """Annotations by frame, decoded one frame at a time."""
+class _Masks:
+    """True masks of a video's objects, by object and frame. Those of the last frame that was asked for are kept."""
 
-    def __init__(self, annotations: Iterable[Annotation], episode: Episode) -> None:
-        self._episode, self._by_frame = episode, defaultdict(dict)
-        for a in annotations:
-            self._by_frame[a.frame][a.counts] = a  # an object of several expressions is there once
+    def __init__(self, episodes: Iterable[Episode]) -> None:
+        self._annotations: dict[tuple[str, int], tuple[Episode, Annotation]] = {}
+        self._hw, self._frame, self._decoded = (0, 0), -1, {}
+        for e in episodes:
+            self._hw = e.height, e.width
+            self._annotations |= {(o.object_id, a.frame): (e, a) for o in e.objects for a in o.annotations}
+        self.objects = sorted({o for o, _ in self._annotations})
 
-    def counts(self, frame: int) -> np.ndarray:
-        """How many of the objects cover each pixel: uint8 (H, W), modulo 256 as in the evaluators."""
-        total_HW = np.zeros((self._episode.height, self._episode.width), np.uint8)
-        for a in self._by_frame[frame].values():
-            total_HW += self._episode.decoded(a)
-        return total_HW
+    def covered(self, frame: int, objects: Iterable[str]) -> np.ndarray:
+        """How many of these objects cover each pixel: uint8 (H, W), modulo 256 as in the evaluators."""
+        if frame != self._frame:
+            self._frame, self._decoded = frame, {}
+        here = [o for o in objects if (o, frame) in self._annotations]
+        for o in here:
+            if o not in self._decoded:
+                episode, annotation = self._annotations[o, frame]
+                self._decoded[o] = episode.decoded(annotation).view(np.uint8)
+        return sum((self._decoded[o] for o in here[1:]), self._decoded[here[0]]) if here else np.zeros(self._hw, np.uint8)
 
 
-def _score(episode: Episode, names: list[str], foreground: _Frames, folder: Path) -> ExpressionScore:
-    about = (episode.episode_id, episode.video_id, episode.expression_id, episode.query_type, episode.annotator)
-    truth, rows = [_Frames(o.annotations, episode) for o in episode.objects], []
-    for t in episode.annotated_frames:
-        counts_HW = sum((o.counts(t) for o in truth), np.zeros((episode.height, episode.width), np.uint8))
+class _Expression:
+    """One expression in the course of being scored."""
+
+    def __init__(self, episode: Episode, folder: Path) -> None:
+        self._episode, self._folder = episode, folder
+        self._objects, self._frames = [o.object_id for o in episode.objects], set(episode.annotated_frames)
+        self._rows: list[Sequence[float]] = []
+        self._failure: BrokenPrediction | None = None
+        self._missed = 0
+
+    def add(self, t: int, name: str, masks: _Masks, foreground_HW: np.ndarray | None) -> None:
+        if t not in self._frames or self._failure:
+            return
+        counts_HW, image = masks.covered(t, self._objects), self._episode.media == "image"
         try:
-            predicted_HW = read_mask(folder, episode, names[t])
+            predicted_HW = read_mask(self._folder, self._episode, name)
         except BrokenPrediction as error:
-            missed = intersection_and_union(np.zeros_like(counts_HW), counts_HW, episode.ignored(t))[1]
-            return ExpressionScore(*about, error.status, str(error), len(episode.annotated_frames), union=missed if episode.media == "image" else 0)
-        if episode.media == "image":
-            rows.append((0.0, 0.0, *intersection_and_union(predicted_HW, counts_HW, episode.ignored(t))))
-            continue
-        scores = [jaccard(predicted_HW, counts_HW), boundary_f(predicted_HW, counts_HW), 0, 0]
-        if episode.source == "revos":
-            scores.append((predicted_HW * np.uint8(255) == counts_HW).mean())
-            scores += [robustness(predicted_HW, counts_HW, foreground.counts(t) > 0, value) for value in (1, 255)]
-        rows.append(scores)
-    j, f, shared, either, *of_revos = map(np.array, zip(*rows))
-    return ExpressionScore(*about, SCORED, "", len(rows), float(j.mean()), float(f.mean()), int(shared.sum()), int(either.sum()), *(float(v.mean()) for v in of_revos))
+            self._failure = error
+            self._missed = intersection_and_union(np.zeros_like(counts_HW), counts_HW, self._episode.ignored(t))[1] if image else 0
+            return
+        if image:
+            self._rows.append((0.0, 0.0, *intersection_and_union(predicted_HW, counts_HW, self._episode.ignored(t))))
+            return
+        row = [*jaccard_and_f(predicted_HW, counts_HW), 0, 0]
+        if foreground_HW is not None:
+            row.append(((predicted_HW > 0) * np.uint8(255) == counts_HW).mean())
+            row += [robustness(predicted_HW, counts_HW, foreground_HW > 0, value) for value in (1, 255)]
+        self._rows.append(row)
+
+    def score(self) -> ExpressionScore:
+        e = self._episode
+        about = (e.episode_id, e.video_id, e.expression_id, e.query_type, e.annotator)
+        if self._failure:
+            return ExpressionScore(*about, self._failure.status, str(self._failure), len(self._frames), union=self._missed)
+        j, f, shared, either, *of_revos = map(np.array, zip(*self._rows))
+        return ExpressionScore(*about, SCORED, "", len(j), float(j.mean()), float(f.mean()), int(shared.sum()), int(either.sum()), *(float(v.mean()) for v in of_revos))

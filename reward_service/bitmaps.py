@@ -9,7 +9,7 @@ import numpy as np
 
 
 def pack(masks: np.ndarray) -> np.ndarray:
-    """bool (..., H, W) -> words."""
+    """bool, or uint8 of which all but 0 counts, (..., H, W) -> words."""
     packed = np.packbits(masks, axis=-1, bitorder="little")
     missing = -packed.shape[-1] % 8
     if missing:

@@ -28,9 +28,8 @@ def jaccard(predicted, annotated, void=None):
 
     Raises ValueError when the shapes differ or have fewer than two axes.
     """
-    both, either = map(np.asarray, intersection_and_union(predicted, annotated, void))
-    j = np.where(either == 0, 1.0, both / np.maximum(either, 1))
-    return _shaped(j, j.shape)
+    pair, shape, _ = _packed_pair(predicted, annotated, void)
+    return _shaped(_jaccard(pair), shape)
 
 
 def boundary_f(predicted, annotated, void=None, tolerance: float = 0.008):
@@ -41,12 +40,14 @@ def boundary_f(predicted, annotated, void=None, tolerance: float = 0.008):
     Neither mask has a boundary (both empty, or full): 1. Only one has: 0. P + R = 0: 0.
     Raises ValueError as `jaccard` does, and on a negative tolerance or a broken number of pixels.
     """
-    pair, shape, (height, width) = _packed_pair(predicted, annotated, void)
-    radius = _radius(tolerance, height, width)
-    pairs = pair.reshape(2, -1, *pair.shape[-2:])
-    # One frame at a time stays in the processor's cache, and far from the boundaries there is nothing to match.
-    f = [_f_of_edges(bitmaps.boundary(pairs[:, i], width), radius) for i in range(pairs.shape[1])]
-    return _shaped(np.array(f, dtype=np.float64).reshape(shape), shape)
+    pair, shape, hw = _packed_pair(predicted, annotated, void)
+    return _shaped(_boundary_f(pair, hw, tolerance), shape)
+
+
+def jaccard_and_f(predicted, annotated, void=None):
+    """(`jaccard`, `boundary_f`) of the same masks, faster than one after the other."""
+    pair, shape, hw = _packed_pair(predicted, annotated, void)
+    return _shaped(_jaccard(pair), shape), _shaped(_boundary_f(pair, hw, 0.008), shape)
 
 
 def j_and_f(predicted, annotated, void=None) -> JAndF:
@@ -55,7 +56,7 @@ def j_and_f(predicted, annotated, void=None) -> JAndF:
     For one video of N objects, masks (T, N, H, W), this is what the DAVIS evaluator calls J&F-Mean (it leaves out the first and
     the last frame: so must the caller). For one expression, masks (T, H, W), it is MeViS's and ReVOS's; average over expressions.
     """
-    j, f = np.asarray(jaccard(predicted, annotated, void)), np.asarray(boundary_f(predicted, annotated, void))
+    j, f = map(np.asarray, jaccard_and_f(predicted, annotated, void))
     if not j.size:
         raise ValueError("no masks to measure: J&F needs at least one frame and object")
     return JAndF(float(j.mean()), float(f.mean()), float((j.mean() + f.mean()) / 2))
@@ -135,6 +136,18 @@ def point_accuracy(points: Sequence, annotated: Sequence) -> float:
     return sum(_share_on_mask(np.asarray(p, np.float64).reshape(-1, 2), np.asarray(m).astype(bool)) for p, m in zip(points, annotated)) / len(annotated)
 
 
+def _jaccard(pair) -> np.ndarray:
+    both, either = bitmaps.count(pair[0] & pair[1]), bitmaps.count(pair[0] | pair[1])
+    return np.where(either == 0, 1.0, both / np.maximum(either, 1))
+
+
+def _boundary_f(pair, hw: tuple[int, int], tolerance: float) -> np.ndarray:
+    radius, pairs = _radius(tolerance, *hw), pair.reshape(2, -1, *pair.shape[-2:])
+    # One frame at a time stays in the processor's cache, and far from the boundaries there is nothing to match.
+    f = [_f_of_edges(bitmaps.boundary(pairs[:, i], hw[1]), radius) for i in range(pairs.shape[1])]
+    return np.array(f, dtype=np.float64).reshape(pair.shape[1:-2])
+
+
 def _f_of_edges(edges, radius: int) -> float:
     n_predicted, n_annotated = bitmaps.count(edges).tolist()
     if n_predicted == 0 or n_annotated == 0:
@@ -156,7 +169,7 @@ def _packed_pair(predicted, annotated, void):
     predicted, annotated = np.asarray(predicted), np.asarray(annotated)
     if predicted.shape != annotated.shape or predicted.ndim < 2 or 0 in predicted.shape[-2:]:
         raise ValueError(f"predicted {predicted.shape} and annotated {annotated.shape} must be equal (..., H, W) shapes")
-    pair = np.stack([bitmaps.pack(predicted.astype(bool, copy=False)), bitmaps.pack(annotated.astype(bool, copy=False))])
+    pair = np.stack([bitmaps.pack(m if m.dtype == np.uint8 else m.astype(bool, copy=False)) for m in (predicted, annotated)])
     if void is not None:
         void = np.asarray(void)
         if void.shape != annotated.shape:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+_MOST_DIGITS = 7  # of a number in compressed counts: 35 bits, more than any image has pixels, and no sum of them overflows
+
 
 def encode_rle(mask_HW) -> dict:
     """Encode a mask ``(H, W)`` (bool, or 0 / non-zero) as COCO's compressed RLE: ``{"size": [H, W], "counts": str}``.
@@ -34,14 +36,19 @@ def decode_rle(rle) -> np.ndarray:
         raise ValueError(f'a run-length mask is {{"size": [h, w], "counts": ...}}; got {str(rle)[:80]}') from error
     if height <= 0 or width <= 0:
         raise ValueError(f"a run-length mask needs a positive size; got {[height, width]}")
-    runs = list(counts) if isinstance(counts, (list, tuple)) else _parse_counts(counts)
-    if any(n < 0 for n in runs) or sum(runs) != height * width:
-        raise ValueError(f"the runs of the mask add up to {sum(runs)} pixels, its size {height}x{width} needs {height * width}")
+    pixels = height * width
     if isinstance(counts, (list, tuple)):
-        packed = coco.frPyObjects({"size": [height, width], "counts": [int(n) for n in runs]}, height, width)
+        total, sound = sum(counts), all(n >= 0 for n in counts)
+    else:
+        runs = _parse_counts(counts)
+        total, sound = int(runs.sum()), bool(((runs >= 0) & (runs <= pixels)).all())
+    if not sound or total != pixels:
+        raise ValueError(f"the runs of the mask add up to {total} pixels, its size {height}x{width} needs {pixels}" + ("" if sound else ", and one is negative or too long"))
+    if isinstance(counts, (list, tuple)):
+        packed = coco.frPyObjects({"size": [height, width], "counts": [int(n) for n in counts]}, height, width)
     else:
         packed = {"size": [height, width], "counts": counts.encode("ascii") if isinstance(counts, str) else counts}
-    return np.ascontiguousarray(coco.decode(packed)).astype(bool)
+    return np.ascontiguousarray(coco.decode(packed).view(bool))
 
 
 def mask_to_box(mask_HW) -> list[int] | None:
@@ -89,25 +96,25 @@ def _as_mask(mask) -> np.ndarray:
     return mask if mask.dtype == bool else mask != 0
 
 
-def _parse_counts(counts) -> list[int]:
-    """The run lengths in COCO's compressed string: five bits a character, from 48, the third and later as differences."""
+def _parse_counts(counts) -> np.ndarray:
+    """The run lengths in COCO's compressed string, int64: five bits a character, from 48, the fourth and later as differences to the last but one."""
     text = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
     if not isinstance(text, (bytes, bytearray)):
         raise ValueError(f"the counts of a run-length mask are a string or a list of integers; got {type(counts).__name__}")
-    runs: list[int] = []
-    value, shift = 0, 0
-    for byte in text:
-        code = byte - 48
-        if not 0 <= code < 64:
-            raise ValueError(f"{chr(byte)!r} cannot stand in the counts of a run-length mask")
-        value |= (code & 31) << shift
-        shift += 5
-        if code & 32:
-            continue
-        if code & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value, shift = 0, 0
-    if shift:
+    if not text:
+        return np.zeros(0, np.int64)
+    codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    if (wrong := (codes < 0) | (codes >= 64)).any():
+        raise ValueError(f"{chr(text[int(wrong.argmax())])!r} cannot stand in the counts of a run-length mask")
+    ends = np.flatnonzero(codes < 32)
+    if not len(ends) or ends[-1] < len(codes) - 1:
         raise ValueError("the counts of the run-length mask break off in the middle of a number")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    digits = ends - starts + 1
+    if digits.max() > _MOST_DIGITS:
+        raise ValueError(f"a number of {digits.max()} characters cannot stand in the counts of a run-length mask")
+    place = np.arange(len(codes)) - np.repeat(starts, digits)
+    runs = np.add.reduceat((codes & 31) << 5 * place, starts)
+    runs -= np.where(codes[ends] & 16, np.int64(1) << 5 * digits, 0)
+    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
     return runs

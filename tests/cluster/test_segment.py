@@ -10,7 +10,7 @@ from PIL import Image
 
 from cluster import cli, config_resolve, segment, segment_output
 from cluster.errors import SomeWithoutMask, UserError
-from cluster.inference import Inference, read_answer
+from cluster.inference import read_answer
 from cluster.policies import find_policy
 from cluster.segment import Sampling, find_videos, segment_videos
 from cluster.segment_output import Outputs, QueryFolder, folder_name
@@ -23,27 +23,10 @@ from segmentation_service.masks import decode_rle
 from segmentation_service.overlay import draw_overlay
 from segmentation_service.video import FramesInMemory, VideoError, open_video
 from segmentation_service.video_writer import write_video
+from tests.cluster.conftest import TOY_MODELS
 from tests.conftest import TOY
 
 EASY = {502: "the green square", 516: "the blue square", 518: "the yellow triangle"}  # seeds of videos with one shape, and its name
-TOY_MODELS = [f"policy.path={TOY / 'policy'}", f"segmentation.checkpoint={TOY / 'sam2'}", f"segmentation.propagation.checkpoint={TOY / 'xmem'}"]
-
-
-@pytest.fixture(scope="module")
-def policy():
-    return find_policy(overrides=TOY_MODELS)
-
-
-@pytest.fixture(scope="module")
-def model(policy):
-    with Inference(policy) as model:
-        yield model
-
-
-@pytest.fixture
-def start(model):
-    """What the command starts: the model that runs already."""
-    return lambda policy: nullcontext(model)
 
 
 def frame_folder(folder, seed, world=WorldConfig()):
