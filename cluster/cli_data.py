@@ -35,9 +35,9 @@ def add_to(commands: Any) -> None:
     command.add_argument("--show", action="store_true", help="print the settings with their meaning, and end")
 
     more = (
-        "KIND is revos, mevis, ref_youtube_vos, ref_davis17, reasonvos, reasonseg, refcoco, refcoco+, refcocog or visionreasoner (the\n"
-        "training sets of Seg-Zero and VisionReasoner). SRC is laid out as its authors do; docs/data.md shows each. Frames stay where they\n"
-        "are. Run it again after an interruption: whole shards are kept. OUT/SPLIT/report.json says what was left out, and why."
+        "KIND is revos, mevis, ref_youtube_vos, ref_davis17, reasonvos, reasonseg, refcoco, refcoco+, refcocog, visionreasoner (the\n"
+        "training sets of Seg-Zero and VisionReasoner), or own: your videos, with SRC/queries.csv. docs/data.md shows each layout. Frames stay where\n"
+        "they are. Run it again after an interruption: whole shards are kept. OUT/SPLIT/report.json says what was left out, and why."
     )
     command = add_command(kinds, "import", import_data, "videoseg data import mevis downloads/mevis data/mevis", more)
     command.add_argument("kind", metavar="KIND", help="the benchmark")

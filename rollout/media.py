@@ -1,4 +1,4 @@
-"""Videos and images as files, looked at without decoding them: the names of the frames and their size."""
+"""Videos and images as files: the names of the frames and their size. Of images the headers are read, of a video file one frame is decoded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from segmentation_service.video import ImageFolder, VideoError
+from segmentation_service.video import ImageFolder, VideoError, is_image, open_video, read_frame
 
 
 class MediaError(ValueError):
@@ -23,15 +23,19 @@ class MediaError(ValueError):
 
 @dataclass(frozen=True)
 class Media:
-    """names: of the frames, without suffix, in their order. hw: height and width of every frame, pixels, as stored."""
+    """names: of the frames, without suffix, in their order (of a video file: numbers in five digits). hw: height and width of every frame,
+    pixels, as stored (of a video file: upright). fps: frames a second where the file tells."""
 
     path: Path
     names: tuple[str, ...]
     hw: tuple[int, int]
+    fps: float | None = None
 
 
 def read_media(path: Path) -> Media:
-    """A folder of frames, or an image as a video of one frame; reads the header of every file. Raises `MediaError`."""
+    """A folder of frames, an image as a video of one frame, or a video file. Raises `MediaError`."""
+    if path.is_file() and not is_image(path):
+        return _read_video(path)
     try:
         files = ImageFolder(path).files
     except VideoError as error:
@@ -49,3 +53,12 @@ def read_media(path: Path) -> Media:
     if len(sizes) > 1:
         raise MediaError("frames of different sizes", ", ".join(f"{file}: {h}x{w}" for (h, w), file in sizes.items()))
     return Media(path, names, next(iter(sizes)))
+
+
+def _read_video(path: Path) -> Media:
+    try:
+        video = open_video(path)
+        hw = read_frame(video, 0).shape[:2]
+    except VideoError as error:
+        raise MediaError("unreadable video", str(error)) from error
+    return Media(path, tuple(f"{t:05d}" for t in range(len(video))), hw, video.fps)

@@ -58,7 +58,7 @@ def convert(item: Item, source: str, split: str, folder: Path, keep_suspect: boo
                 height=media.hw[0],
                 width=media.hw[1],
                 num_frames=len(media.names),
-                fps=item.fps,
+                fps=media.fps or item.fps,
                 query=query.text.strip(),
                 difficulty=None,
                 annotated_frames=frames,

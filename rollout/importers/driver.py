@@ -25,6 +25,7 @@ from rollout.episodes import SCHEMA_VERSION, Episode, write_episodes
 from rollout.importers.convert import Skipped, convert
 from rollout.importers.item import Benchmark, Item, SourceError
 from rollout.importers.mevis import MEVIS
+from rollout.importers.own import OWN
 from rollout.importers.reasonseg import REASONSEG
 from rollout.importers.reasonvos import REASONVOS
 from rollout.importers.ref_davis17 import REF_DAVIS17
@@ -36,7 +37,7 @@ from rollout.report_file import REPORT, read_report, write_report
 
 BENCHMARKS = {
     b.name: b
-    for b in (REVOS, MEVIS, REF_YOUTUBE_VOS, REF_DAVIS17, REASONVOS, REASONSEG, REFCOCO, REFCOCO_PLUS, REFCOCOG, VISIONREASONER)
+    for b in (REVOS, MEVIS, REF_YOUTUBE_VOS, REF_DAVIS17, REASONVOS, REASONSEG, REFCOCO, REFCOCO_PLUS, REFCOCOG, VISIONREASONER, OWN)
 }
 EXAMPLES = 10
 """Skipped queries of one reason that a report names."""

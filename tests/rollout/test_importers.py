@@ -9,12 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from miniatures import HW, NAMES
+from PIL import Image
 
 from rollout.check_data import problems
 from rollout.episodes import read_episodes
 from rollout.importers.driver import BENCHMARKS, import_data
 from rollout.importers.item import SourceError
 from rollout.importers.reasonseg import paint
+from rollout.toy_world import make_video
+from segmentation_service.video_writer import write_video
 
 
 def imported(kind, source, out, **options):
@@ -352,3 +355,67 @@ def test_wrong_folders_and_names_are_said(tmp_path):
     miniatures.write_json(tmp_path / "train/mask_dict.json", {})
     with pytest.raises(SourceError, match="annotation of train is not in the layout of mevis .*download it again"):
         import_data("mevis", tmp_path, tmp_path / "out")
+
+
+def test_own_videos(tmp_path):
+    """Three video files with a table of queries: palette masks of two objects on some frames, 0/255 masks, and none at all."""
+    source = tmp_path / "mine"
+    clips = {name: make_video(seed) for name, seed in (("a.mp4", 1), ("sub/b.mp4", 2), ("c.mp4", 3))}
+    for name, video in clips.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        write_video(source / name, map(video.frame, range(video.num_frames)), 12.5)
+    hw = (96, 128)
+    two, one = np.zeros(hw, np.uint8), np.zeros(hw, np.uint8)
+    two[10:20, 30:50], two[40:60, 70:80], one[5:9, 5:9] = 1, 2, 255
+    for t in (0, 4):
+        miniatures.write_png(source / "masks/a" / f"{t:05d}.png", two)
+    (source / "masks/b").mkdir()
+    Image.fromarray(one).save(source / "masks/b/00002.png")
+    rows = [
+        "video,query,masks,objects,split",
+        'a.mp4,"the left one, which leaves first",masks/a,1,',
+        "a.mp4,all of them,masks/a,,train",
+        "a.mp4,an elephant,masks/a,none,",
+        "a.mp4,the third,masks/a,3,",
+        "sub/b.mp4,the small one,masks/b,,valid",
+        "c.mp4,who knows?,,,test",
+        "gone.mp4,what?,,,test",
+    ]
+    (source / "queries.csv").write_text("\n".join(rows) + "\n", encoding="utf-8-sig")
+    found, reports = imported("own", source, tmp_path / "out")
+    train = found["train"]
+    assert list(train) == [("a.mp4", "0"), ("a.mp4", "1"), ("a.mp4", "2")] and skipped(reports["train"]) == {"unknown object": 1}
+    left, both, nothing = train.values()
+    assert left.annotated_frames == both.annotated_frames == nothing.annotated_frames == (0, 4) and left.query == "the left one, which leaves first"
+    assert np.array_equal(left.masks(4)[0], two == 1) and np.array_equal(both.masks(0)[0], two > 0)
+    assert nothing.objects == () and nothing.query_type == "no_target" and (left.num_frames, left.fps) == (clips["a.mp4"].num_frames, 12.5)
+    (b,) = found["valid"].values()
+    assert b.video_path.resolve() == (source / "sub/b.mp4").resolve() and b.annotated_frames == (2,) and np.array_equal(b.masks(2)[0], one == 255)
+    (c,) = found["test"].values()
+    assert c.annotated_frames == () and skipped(reports["test"]) == {"media missing": 1}
+
+
+@pytest.mark.parametrize(
+    "table, said",
+    [
+        ("query\nwhat?\n", "has no column 'video'"),
+        ("video,query,mask\na.mp4,what?,m\n", "has a column 'mask'"),
+        ("video,query,split\na.mp4,what?,dev\n", "queries.csv:2: split 'dev'; the splits are train, valid, test"),
+        ("video,query\n,what?\n", "queries.csv:2 names no video"),
+        ("video,query,masks\na.mp4,what?,m\na.mp4,who?,n\n", "queries.csv:3: a.mp4 has masks in m and in n"),
+        (b"video,query\n\xff\xfe,what?\n", "cannot be read as a table in UTF-8"),
+    ],
+)
+def test_a_wrong_table_is_said(tmp_path, table, said):
+    (tmp_path / "queries.csv").write_bytes(table if isinstance(table, bytes) else table.encode())
+    with pytest.raises(SourceError) as error:
+        import_data("own", tmp_path, tmp_path / "out", progress=lambda line: None)
+    assert said in str(error.value)
+
+
+def test_a_broken_video_file_is_skipped(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"not a video")
+    (tmp_path / "b.mp4").write_bytes(b"nor this")
+    (tmp_path / "queries.csv").write_text("video,query\na.mp4,what?\nb.mp4,who?\n")
+    _, reports = imported("own", tmp_path, tmp_path / "out")
+    assert skipped(reports["train"]) == {"unreadable video": 2} and reports["train"]["episodes"] == 0
