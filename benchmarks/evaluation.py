@@ -22,18 +22,20 @@ from PIL import Image
 from pycocotools import mask as coco
 
 import plain_measures
-from measures import HW, blobs
 from side_by_side import in_turns, machine, publish, ratio
 from cluster.benchmark_scores import score_predictions
 from rollout.episodes import read_episodes
 from rollout.importers.driver import import_data
 
+HW = (480, 854)
 EXPRESSIONS = ([0], [1], [2], [0, 1], [0, 1, 2])
 """The objects that each expression about a video names."""
 
 
 def write_source(root: Path, predictions: Path, videos: int, frames: int) -> None:
     """A split of MeViS, and predictions a few pixels beside the truth."""
+    from measures import blobs  # imports torch, which the processes that score have no use for
+
     rng, meta, masks = np.random.default_rng(0), {}, {}
     names = [f"{t:05d}" for t in range(frames)]
     grey = Image.fromarray(np.full((*HW, 3), 90, np.uint8))
@@ -97,9 +99,9 @@ def ours(data: Path, predictions: Path, workers: int) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file to write; without it the JSON goes to the screen")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each (default 5)")
-    parser.add_argument("--videos", type=int, default=8)
-    parser.add_argument("--frames", type=int, default=60, help="of each video")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each (default 3)")
+    parser.add_argument("--videos", type=int, default=12)
+    parser.add_argument("--frames", type=int, default=100, help="of each video")
     parser.add_argument("--workers", type=int, default=2, help="processes of each side (default 2)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
