@@ -103,7 +103,7 @@ class Inference:
             opening.callback(lambda: self._loop.call_soon_threadsafe(self._loop.stop))
             self._slots = asyncio.Semaphore(IN_FLIGHT)
             self._engine = RolloutEngine(path, settings.rollout, dtype=settings.policy.dtype, device=settings.cluster.device, seed=settings.run.seed)
-            opening.callback(lambda: self._wait(self._engine.shutdown()))
+            opening.callback(lambda: self._wait(self._engine.shutdown(orderly=True)))
             self._wait(self._engine.ready())
             if settings.cluster.device == "cpu":
                 opening.callback(torch.set_num_threads, torch.get_num_threads())

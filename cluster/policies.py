@@ -17,6 +17,7 @@ from cluster.run_folder import RunFolder
 
 SETTINGS = "videoseg.yaml"
 """In an export: the settings of the run that trained it, so that it is asked as it was trained."""
+RUNS = Path("runs")
 PUBLISHED_RECIPE, TOY_RECIPE = "videoseg_r1_7b", "debug"
 
 # What a run's configuration says of the machine that it ran on.
@@ -56,6 +57,8 @@ def find_policy(given: str | None = None, recipe: str | None = None, overrides: 
     Raises ConfigError, MissingFileError, CheckpointError.
     """
     found, hardware = _checkpoint_of_run(given) if given is not None else None, config_resolve.detect_hardware()
+    if given is not None and found is None and Path(given).parent == RUNS and not Path(given).exists():  # it has the form of a hub id
+        raise MissingFileError(f"there is no run {given}", "`ls runs` shows those that there are; `videoseg train run.name=NAME` makes one")
     if given is not None and found is None:
         paths.resolve_path(given, "--policy", allow_hub=True)
     own = ["rollout.log_level=ERROR"]  # vLLM's warnings would stand among what the command prints
@@ -89,7 +92,7 @@ def _checkpoint_of_run(given: str) -> tuple[RunFolder, Path] | None:
     path = Path(given).expanduser()
     if path.parent.name == "checkpoints" and (path / checkpoints.MANIFEST).is_file() and RunFolder(path.parent.parent).exists():
         return RunFolder(path.parent.parent.resolve()), path.resolve()
-    for folder in (RunFolder(path), RunFolder(Path("runs") / given)):
+    for folder in (RunFolder(path), RunFolder(RUNS / given)):
         if folder.exists():
             folder = RunFolder(folder.path.resolve())  # `latest` will mean another run
             return folder, checkpoints.latest(folder.checkpoints, hashes=False)[0].path

@@ -130,15 +130,15 @@ class RolloutEngine:
             "seconds": time.perf_counter() - started,
         }
 
-    async def shutdown(self) -> None:
-        """Stop vLLM and its processes; the engine cannot be started again."""
+    async def shutdown(self, orderly: bool = False) -> None:
+        """Stop vLLM and its processes; the engine cannot be started again. On a CPU nothing is worth the seconds of an orderly exit, unless
+        somebody reads what Python says of semaphores that were left behind; on a GPU the process always frees its memory itself."""
         llm, self._llm = self._llm, None
         self._broken = self._broken or "it was shut down"
         if llm is not None:
             if llm.output_handler is not None:
                 llm.output_handler.cancel()  # else it logs the end of the engine's process as a failure
-            # On a CPU nothing is worth the seconds of an orderly exit; on a GPU the process should free its memory itself.
-            llm.shutdown(timeout=0.2 if self.device == "cpu" else 10.0)
+            llm.shutdown(timeout=0.2 if self.device == "cpu" and not orderly else 10.0)
 
     def _check(self) -> None:
         if self._broken:

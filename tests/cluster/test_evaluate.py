@@ -147,6 +147,7 @@ def test_the_command(evaluation, start, data, tmp_path, monkeypatch, capsys):
         (["--data", str(data)], "neither a CHECKPOINT nor --predictions"),
         ([str(TOY / "policy"), "--data", str(data), "--predictions", out], "both a CHECKPOINT and --predictions"),
         (["--data", str(data), "--predictions", str(tmp_path / "none")], "no such folder of predictions"),
+        (["runs/no-such-run", "--data", str(data)], "there is no run runs/no-such-run"),  # and not a hub id, which it looks like
     ):
         assert cli.main(["eval", "toy", *wrong, "--out", str(tmp_path / "c")]) == 2
         assert said in capsys.readouterr().err

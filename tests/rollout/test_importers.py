@@ -11,6 +11,7 @@ import pytest
 from miniatures import HW, NAMES
 from PIL import Image
 
+from examples.own_videos import SPLITS, write_own_videos
 from rollout.check_data import problems
 from rollout.episodes import read_episodes
 from rollout.importers.driver import BENCHMARKS, import_data
@@ -419,3 +420,16 @@ def test_a_broken_video_file_is_skipped(tmp_path):
     (tmp_path / "queries.csv").write_text("video,query\na.mp4,what?\nb.mp4,who?\n")
     _, reports = imported("own", tmp_path, tmp_path / "out")
     assert skipped(reports["train"]) == {"unreadable video": 2} and reports["train"]["episodes"] == 0
+
+
+def test_the_example_of_own_videos(tmp_path):
+    write_own_videos(tmp_path / "mine")
+    found, reports = imported("own", tmp_path / "mine", tmp_path / "out")
+    assert {split: (r["items"], r["skipped"]) for split, r in reports.items()} == {"train": (2, 0), "valid": (1, 0)}
+    for seed, (name, split) in enumerate(SPLITS.items(), 500):
+        video = make_video(seed)
+        episodes = [e for (v, _), e in found[split].items() if v == f"{name}.mp4"]
+        assert [e.query for e in episodes] == [q.text for q in video.queries]
+        for e, q in zip(episodes, video.queries):
+            t = e.objects[0].annotations[0].frame
+            assert np.array_equal(e.masks(t).any(0), video.masks(t)[list(q.targets)].any(0)) and len(e.annotated_frames) == video.num_frames
