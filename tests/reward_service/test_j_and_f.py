@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward_service.measures import boundary_f, jaccard
+from reward_service.measures import boundary_f, jaccard, jaccard_and_f
 
 
 def plain_boundary(mask):
@@ -65,6 +65,18 @@ def test_j_is_the_definition(pair):
     predicted, annotated = pair
     either = (predicted | annotated).sum()
     assert jaccard(predicted, annotated) == ((predicted & annotated).sum() / either if either else 1.0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(pairs(), pairs())
+def test_both_at_once_are_the_same_and_uint8_masks_count_where_they_are_not_0(pair, other):
+    predicted, annotated = pair
+    void = np.resize(other[0], predicted.shape)
+    expected = jaccard(predicted, annotated, void), boundary_f(predicted, annotated, void)
+    assert jaccard_and_f(predicted, annotated, void) == expected
+    assert jaccard_and_f(predicted * np.uint8(255), annotated * np.uint8(3), void) == expected
+    stacked = np.stack([predicted, annotated]), np.stack([annotated, annotated])
+    assert [v.tolist() for v in jaccard_and_f(*stacked)] == [jaccard(*stacked).tolist(), boundary_f(*stacked).tolist()]
 
 
 def corner_case(name):
