@@ -94,10 +94,9 @@ def score_group(
     rows = formula.group_terms(answers, target, config, predicted_masks)
     weights = [(name, f"weighted_{name}", getattr(config.weights, name)) for name in formula.MAXIMA]
     weights = [entry for entry in weights if entry[2]]
-    out = []
-    unknown = [None] * n
-    uncertainties, lengths = (unknown if given is None else given for given in (uncertainties, lengths))
+    uncertainties, lengths = ([None] * n if given is None else given for given in (uncertainties, lengths))
     penalties = _length_penalties(answers, config.length, difficulty, uncertainties, lengths)
+    out = []
     for answer, (row, diagnostics), (s, of_length) in zip(answers, rows, penalties):
         diagnostics |= of_length
         terms, original = {}, 0.0
@@ -116,10 +115,13 @@ def _length_penalties(answers, config, difficulty, uncertainties, lengths) -> li
     if not config.penalty:
         return [(1.0, {} if length is None else {"length": float(length)}) for length in lengths]
     difficulty = config.default_difficulty if difficulty is None else difficulty
-    budgets = {uncertainty: lengths_of.budget(difficulty, uncertainty, config) for uncertainty in set(uncertainties)}
+    if config.uncertainty_scale:
+        budgets = [lengths_of.budget(difficulty, uncertainty, config) for uncertainty in uncertainties]
+    else:
+        budgets = [lengths_of.budget(difficulty, None, config)] * len(answers)
     out = []
-    for answer, uncertainty, length in zip(answers, uncertainties, lengths):
-        used, allowed = lengths_of.used_length(answer.text, length, config), budgets[uncertainty]
+    for answer, allowed, length in zip(answers, budgets, lengths):
+        used = lengths_of.used_length(answer.text, length, config)
         out.append((lengths_of.penalty(used, allowed, config), {"length": used, "budget": allowed, "difficulty": difficulty}))
     return out
 
