@@ -95,10 +95,11 @@ def over_videos(work: Callable[[list[Episode], Path], T], videos: Sequence[list[
 
 def score_video(episodes: list[Episode], folder: Path) -> list[ExpressionScore]:
     """The expressions about one video or image. Frame by frame, as they share the masks of objects, which are decoded once."""
-    names, masks = frame_names(episodes[0]), _Masks(episodes)
+    names, masks = frame_names(episodes[0]), _Masks(episodes[0])
     found = [_Expression(episode, folder) for episode in episodes]
     for t in sorted({t for e in episodes for t in e.annotated_frames}):
-        foreground_HW = masks.covered(t, masks.objects) if episodes[0].source == "revos" else None
+        distinct = {a.counts: a for e in found for a in e.visible[t]}
+        foreground_HW = masks.covered(t, list(distinct.values())) > 0 if episodes[0].source == "revos" else None
         for expression in found:
             expression.add(t, names[t], masks, foreground_HW)
     return [expression.score() for expression in found]
@@ -127,26 +128,21 @@ def read_mask(folder: Path, episode: Episode, name: str) -> np.ndarray:
 
 
 class _Masks:
-    """True masks of a video's objects, by object and frame. Those of the last frame that was asked for are kept."""
+    """True masks of a video, each decoded once for all expressions that it belongs to. Those of the last frame that was asked for are kept."""
 
-    def __init__(self, episodes: Iterable[Episode]) -> None:
-        self._annotations: dict[tuple[str, int], tuple[Episode, Annotation]] = {}
-        self._hw, self._frame, self._decoded = (0, 0), -1, {}
-        for e in episodes:
-            self._hw = e.height, e.width
-            self._annotations |= {(o.object_id, a.frame): (e, a) for o in e.objects for a in o.annotations}
-        self.objects = sorted({o for o, _ in self._annotations})
+    def __init__(self, episode: Episode) -> None:
+        self._episode, self._frame = episode, -1
+        self._decoded: dict[str, np.ndarray] = {}
 
-    def covered(self, frame: int, objects: Iterable[str]) -> np.ndarray:
-        """How many of these objects cover each pixel: uint8 (H, W), modulo 256 as in the evaluators."""
+    def covered(self, frame: int, annotations: Sequence[Annotation]) -> np.ndarray:
+        """How many of these masks on the frame cover each pixel: uint8 (H, W), modulo 256 as in the evaluators."""
         if frame != self._frame:
             self._frame, self._decoded = frame, {}
-        here = [o for o in objects if (o, frame) in self._annotations]
-        for o in here:
-            if o not in self._decoded:
-                episode, annotation = self._annotations[o, frame]
-                self._decoded[o] = episode.decoded(annotation).view(np.uint8)
-        return sum((self._decoded[o] for o in here[1:]), self._decoded[here[0]]) if here else np.zeros(self._hw, np.uint8)
+        for a in annotations:
+            if a.counts not in self._decoded:
+                self._decoded[a.counts] = self._episode.decoded(a).view(np.uint8)
+        masks = [self._decoded[a.counts] for a in annotations]
+        return sum(masks[1:], masks[0]) if masks else np.zeros((self._episode.height, self._episode.width), np.uint8)
 
 
 class _Expression:
@@ -154,7 +150,9 @@ class _Expression:
 
     def __init__(self, episode: Episode, folder: Path) -> None:
         self._episode, self._folder = episode, folder
-        self._objects, self._frames = [o.object_id for o in episode.objects], set(episode.annotated_frames)
+        self._frames, self.visible = set(episode.annotated_frames), defaultdict(list)
+        for a in (a for o in episode.objects for a in o.annotations):
+            self.visible[a.frame].append(a)
         self._rows: list[Sequence[float]] = []
         self._failure: BrokenPrediction | None = None
         self._missed = 0
@@ -162,7 +160,7 @@ class _Expression:
     def add(self, t: int, name: str, masks: _Masks, foreground_HW: np.ndarray | None) -> None:
         if t not in self._frames or self._failure:
             return
-        counts_HW, image = masks.covered(t, self._objects), self._episode.media == "image"
+        counts_HW, image = masks.covered(t, self.visible[t]), self._episode.media == "image"
         try:
             predicted_HW = read_mask(self._folder, self._episode, name)
         except BrokenPrediction as error:
@@ -175,7 +173,7 @@ class _Expression:
         row = [*jaccard_and_f(predicted_HW, counts_HW), 0, 0]
         if foreground_HW is not None:
             row.append(((predicted_HW > 0) * np.uint8(255) == counts_HW).mean())
-            row += [robustness(predicted_HW, counts_HW, foreground_HW > 0, value) for value in (1, 255)]
+            row += [robustness(predicted_HW, counts_HW, foreground_HW, value) for value in (1, 255)]
         self._rows.append(row)
 
     def score(self) -> ExpressionScore:
