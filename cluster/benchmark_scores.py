@@ -66,11 +66,21 @@ def score_predictions(benchmark: str, episodes: Iterable[Episode], folder: Path,
 
 
 def check_source(benchmark: str, episodes: Sequence[Episode]) -> None:
-    """Raises UserError where these are not the benchmark's episodes, or none."""
+    """Raises UserError where these are not the benchmark's episodes, or none, or where their ids name no folder of their own for each expression."""
     found = sorted({e.source for e in episodes})
     if found != [benchmark]:
         known = "" if benchmark in RULES else f" (benchmarks: {', '.join(RULES)})"
         raise UserError(f"the data are not of {benchmark!r} but of {', '.join(map(repr, found)) or 'nothing'}{known}", "give the data set of `videoseg data import`, and its name as BENCHMARK")
+    places: set[tuple[str, str]] = set()
+    for e in episodes:
+        place = e.video_id, e.expression_id
+        if not all(place) or any(Path(p).is_absolute() or ".." in Path(p).parts for p in place):
+            raise UserError(f"{e.episode_id}: video_id {e.video_id!r} and expression_id {e.expression_id!r} are to name a folder of predictions", "give both, as relative paths without ..")
+        if place in places:
+            raise UserError(f"{e.episode_id}: another episode has video_id {e.video_id!r} and expression_id {e.expression_id!r} too", "give one split, in which they differ")
+        places.add(place)
+    if len({e.media for e in episodes}) > 1:
+        raise UserError("the data hold images and videos, which have different measures", "put them into data sets of their own")
 
 
 def _score(episodes: list[Episode], folder: Path) -> tuple[list[ExpressionScore], list[MergedScore]]:

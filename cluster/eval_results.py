@@ -60,6 +60,7 @@ def write_zip(predictions: Path, file: Path, top: str) -> int:
     images = sorted(p for p in predictions.rglob("*.png") if not any(part.startswith(".") for part in p.relative_to(predictions).parts))
     if not images:
         raise UserError(f"{predictions} holds no predictions", "run videoseg eval with a policy first")
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:  # PNGs are compressed already
         for image in images:

@@ -86,7 +86,7 @@ class Evaluation:
         """The lines of answers.jsonl by episode, the last of each; one that was cut off is not read."""
         records = {}
         file = self.out / ANSWERS
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else ():
             try:
                 record = json.loads(line)
             except ValueError:

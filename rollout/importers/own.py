@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -57,6 +57,8 @@ def _rows(source: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 what = f"has no column {missing[0]!r}" if missing else f"has a column {unknown[0]!r}"
                 raise SourceError(f"{file} {what}; its columns are {', '.join(COLUMNS)}, of which video and query are needed")
             for row in table:
+                if None in row:
+                    raise SourceError(f"{file}:{table.line_num} has more cells than columns; put a query with commas in double quotes")
                 yield table.line_num, {c: (row.get(c) or "").strip() for c in COLUMNS}
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise SourceError(f"{file} cannot be read as a table in UTF-8 ({error}); write it with the columns {', '.join(COLUMNS)}") from error
@@ -69,6 +71,9 @@ def _items(source: Path, split: str, out: Path) -> list[Item]:
             raise SourceError(f"{source / TABLE}:{line}: split {row['split']!r}; the splits are {', '.join(SPLITS)}")
         if not row["video"]:
             raise SourceError(f"{source / TABLE}:{line} names no video")
+        row["video"] = PurePosixPath(row["video"]).as_posix()  # ./a.mp4 is a.mp4
+        if PurePosixPath(row["video"]).is_absolute() or ".." in PurePosixPath(row["video"]).parts:
+            raise SourceError(f"{source / TABLE}:{line}: video {row['video']!r} lies outside of {source}; move or link it there, results are named by its path")
         if (row["split"] or SPLITS[0]) == split:
             by_video.setdefault(row["video"], []).append((line, row))
     items = []

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -249,3 +250,12 @@ def test_wrong_use_is_said(tmp_path):
         score_predictions("mevis", [], tmp_path)
     with pytest.raises(UserError, match="no such folder of predictions"):
         score_predictions("mevis", episodes, tmp_path / "p")
+    for wrong, said in (
+        ({"video_id": "/data/clip"}, "are to name a folder"),
+        ({"video_id": "../clip"}, "are to name a folder"),
+        ({"expression_id": ""}, "are to name a folder"),
+        ({"expression_id": "1"}, "another episode has video_id"),
+        ({"media": "image"}, "images and videos"),
+    ):
+        with pytest.raises(UserError, match=said):
+            score_predictions("mevis", [replace(episodes[0], **wrong), *episodes[1:]], tmp_path)

@@ -404,6 +404,10 @@ def test_own_videos(tmp_path):
         ("video,query,split\na.mp4,what?,dev\n", "queries.csv:2: split 'dev'; the splits are train, valid, test"),
         ("video,query\n,what?\n", "queries.csv:2 names no video"),
         ("video,query,masks\na.mp4,what?,m\na.mp4,who?,n\n", "queries.csv:3: a.mp4 has masks in m and in n"),
+        ("video,query\na.mp4,the dog, left one\n", "queries.csv:2 has more cells than columns"),
+        ("video,query\n/data/a.mp4,what?\n", "queries.csv:2: video '/data/a.mp4' lies outside"),
+        ("video,query\nb/../../a.mp4,what?\n", "lies outside"),
+        ("video,query,masks\na.mp4,what?,m\n./a.mp4,who?,n\n", "queries.csv:3: a.mp4 has masks in m and in n"),
         (b"video,query\n\xff\xfe,what?\n", "cannot be read as a table in UTF-8"),
     ],
 )
