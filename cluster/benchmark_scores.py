@@ -54,7 +54,7 @@ def score_predictions(benchmark: str, episodes: Iterable[Episode], folder: Path,
         notes.append(f"{others} further texts of images are left out: the benchmark asks for the first")
     videos = list(by_video(episodes).values())
     rows, merged = [], []
-    for done, of_video in enumerate(over_videos(_score_davis if benchmark == "ref_davis17" else _score, videos, folder, workers), 1):
+    for done, of_video in enumerate(over_videos(_score, videos, folder, workers), 1):
         rows += of_video[0]
         merged += of_video[1]
         if progress:
@@ -84,11 +84,7 @@ def check_source(benchmark: str, episodes: Sequence[Episode]) -> None:
 
 
 def _score(episodes: list[Episode], folder: Path) -> tuple[list[ExpressionScore], list[MergedScore]]:
-    return score_video(episodes, folder), []
-
-
-def _score_davis(episodes: list[Episode], folder: Path) -> tuple[list[ExpressionScore], list[MergedScore]]:
-    return score_video(episodes, folder), score_merged(episodes, folder)
+    return score_video(episodes, folder), score_merged(episodes, folder) if episodes[0].source == "ref_davis17" else []
 
 
 def _mean(values: Iterable[float]) -> float:

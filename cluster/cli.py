@@ -163,18 +163,24 @@ def segment(options: argparse.Namespace) -> None:
     if not options.batch and len(words) < 2:
         raise UserError("a video and a query are needed" if words else "no video is given", 'write: videoseg segment clip.mp4 "the red car" --out OUT')
     from cluster import segment as segmenting
-    from cluster.policies import find_policy
 
     if options.batch:
         videos, queries = segmenting.find_videos(Path(options.batch)), words
     else:
         videos, queries = [Path(words[0]).expanduser()], words[1:]
-    of_sampler = [s.removeprefix("sampler.") for s in settings if s.startswith("sampler.")]
-    sampling = segmenting.Sampling.of(options.sampler, of_sampler)
-    policy = find_policy(options.policy, options.config, [s for s in settings if not s.startswith("sampler.")])
+    policy, sampling = _policy_and_sampling(options.policy, options, settings)
     outputs = segmenting.Outputs(png=not options.rle, rle=options.rle, overlay=not options.no_overlay)
     statuses = segmenting.segment_videos(policy, videos, queries, Path(options.out), sampling, outputs, options.fps)
     print(segmenting.summary(Path(options.out), statuses))
+
+
+def _policy_and_sampling(given: str | None, options: argparse.Namespace, settings: Sequence[str]) -> tuple[Any, Any]:
+    """Who answers, and who chooses the frames, whose settings begin with `sampler.`."""
+    from cluster.policies import find_policy
+    from cluster.segment import Sampling
+
+    sampling = Sampling.of(options.sampler, [s.removeprefix("sampler.") for s in settings if s.startswith("sampler.")])
+    return find_policy(given, options.config, [s for s in settings if not s.startswith("sampler.")]), sampling
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -182,8 +188,6 @@ def evaluate(options: argparse.Namespace) -> None:
     from cluster import evaluate as evaluating
     from cluster import eval_results
     from cluster.benchmark_scores import score_predictions
-    from cluster.policies import find_policy
-    from cluster.segment import Sampling
     from rollout.episodes import read_episodes
 
     checkpoint, settings = file_and_overrides(options)
@@ -194,8 +198,7 @@ def evaluate(options: argparse.Namespace) -> None:
     episodes, out = list(read_episodes(options.data)), Path(options.out)
     predictions, answers = Path(options.predictions or out / evaluating.PREDICTIONS), {}
     if checkpoint is not None:
-        sampling = Sampling.of(options.sampler, [s.removeprefix("sampler.") for s in settings if s.startswith("sampler.")])
-        policy = find_policy(checkpoint, options.config, [s for s in settings if not s.startswith("sampler.")])
+        policy, sampling = _policy_and_sampling(checkpoint, options, settings)
         evaluation = evaluating.Evaluation(options.benchmark, Path(options.data), out, policy, sampling, options.oracle)
         evaluating.predict(evaluation, episodes, note)
         answers = evaluation.answered()
@@ -378,10 +381,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--fps", type=float, default=24.0, metavar="N", help="frames a second of a folder of images (default 24)")
 
     rule = (
-        "BENCHMARK: revos, mevis, ref_youtube_vos, ref_davis17, reasonvos, reasonseg, refcoco, refcoco+, refcocog, or the source that your\n"
-        "own episodes name (toy). Predictions go to\n"
-        "OUT/predictions/<video>/<expression>/<frame>.png, results to OUT/scores.json and OUT/expressions.parquet. Run it again after an\n"
-        "interruption: what is answered is skipped. Settings are those of `videoseg segment`. docs/evaluation.md"
+        "BENCHMARK: revos, mevis, ref_youtube_vos, ref_davis17, reasonvos, reasonseg, refcoco, refcoco+, refcocog, own (your videos), or\n"
+        "whatever else the column `source` of the episodes says, such as toy. Predictions go to OUT/predictions/<video>/<expression>/<frame>.png,\n"
+        "results to OUT/scores.json and OUT/expressions.parquet. Run it again after an interruption: what is answered is skipped. Settings\n"
+        "are those of `videoseg segment`. docs/evaluation.md"
     )
     command = add_command(commands, "eval", evaluate, "videoseg eval mevis runs/latest --data data/mevis/valid_u --out evals/latest-mevis", rule)
     command.add_argument("benchmark", metavar="BENCHMARK", help="the benchmark, as `videoseg data import` calls it")

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
 from reward_service.measures import boundary_f, jaccard
 from rollout.episodes import Episode
+from rollout.importers.masks import VOID, read_png
 from rollout.importers.ref_davis17 import ANNOTATORS
+from rollout.media import frame_names
+from segmentation_service.video import open_video
 
 from cluster.errors import MissingFileError
-from cluster.expression_scores import BrokenPrediction, frame_names, read_mask
-
-VOID = 255
+from cluster.expression_scores import BrokenPrediction, read_mask
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def merge_annotators(scores: Sequence[MergedScore], failed_count_0: bool) -> dic
 
 def score_merged(episodes: Sequence[Episode], folder: Path) -> list[MergedScore]:
     """All objects of one video, for each annotator. Raises MissingFileError where the benchmark's images are not beside its frames."""
-    names, scores = frame_names(episodes[0]), []
+    names, scores = frame_names(open_video(episodes[0].video_path)), []
     truth_GTHW = _true_objects(episodes[0], names)
     for annotator in ANNOTATORS:
         mine = sorted((e for e in episodes if e.annotator == annotator), key=lambda e: int(e.expression_id))
@@ -55,7 +55,7 @@ def score_merged(episodes: Sequence[Episode], folder: Path) -> list[MergedScore]
     return scores
 
 
-def _score(annotator: str, episodes: Sequence[Episode], names: list[str], truth_GTHW: np.ndarray, folder: Path) -> list[MergedScore]:
+def _score(annotator: str, episodes: Sequence[Episode], names: Sequence[str], truth_GTHW: np.ndarray, folder: Path) -> list[MergedScore]:
     labels_THW, failed = _merged(episodes, names, folder)
     predicted = max(int(labels_THW.max(initial=0)), len(truth_GTHW))
     j_PG, f_PG = np.zeros((2, predicted, len(truth_GTHW)))
@@ -66,7 +66,7 @@ def _score(annotator: str, episodes: Sequence[Episode], names: list[str], truth_
     return [MergedScore(annotator, float(j_PG[p, g]), float(f_PG[p, g]), p in failed) for p, g in zip(*linear_sum_assignment(-(j_PG + f_PG) / 2))]
 
 
-def _merged(episodes: Sequence[Episode], names: list[str], folder: Path) -> tuple[np.ndarray, set[int]]:
+def _merged(episodes: Sequence[Episode], names: Sequence[str], folder: Path) -> tuple[np.ndarray, set[int]]:
     """uint8 (T, H, W), k for the k-th text's mask; where masks overlap the earlier text keeps the pixel (their scores are equal, and the
     first of equal ones is taken). And the texts, counted from 0, whose prediction is missing or broken: those have no pixel."""
     labels_THW, failed = np.zeros((len(names), episodes[0].height, episodes[0].width), np.uint8), set()
@@ -80,13 +80,13 @@ def _merged(episodes: Sequence[Episode], names: list[str], folder: Path) -> tupl
     return labels_THW, failed
 
 
-def _true_objects(episode: Episode, names: list[str]) -> np.ndarray:
+def _true_objects(episode: Episode, names: Sequence[str]) -> np.ndarray:
     """bool (objects, T, H, W)."""
     frames = str(episode.video_path)
     folder = Path(frames.replace("JPEGImages/480p", "Annotations_unsupervised/480p") if "JPEGImages/480p" in frames else frames.replace("JPEGImages", "Annotations"))
     missing = [name for name in names if not (folder / f"{name}.png").is_file()]
     if missing:
         raise MissingFileError(f"{folder / missing[0]}.png is missing", "the four-annotator protocol reads DAVIS's own images; restore them beside the frames")
-    values_THW = np.stack([np.asarray(Image.open(folder / f"{name}.png")) for name in names])
+    values_THW = np.stack([read_png(folder / f"{name}.png", (episode.height, episode.width)) for name in names])
     values_THW[values_THW == VOID] = 0
     return np.stack([values_THW == k for k in range(1, int(values_THW[0].max()) + 1)]) if values_THW[0].any() else np.zeros((0, *values_THW.shape), bool)

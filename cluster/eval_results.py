@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.benchmark_scores import BenchmarkScores
+from cluster.checkpoints import replace_text
 from cluster.errors import UserError
 from cluster.expression_scores import SCORED, ExpressionScore
 
@@ -70,9 +71,7 @@ def write_zip(predictions: Path, file: Path, top: str) -> int:
 
 
 def write_json(file: Path, content: Any) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    replace_text(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)

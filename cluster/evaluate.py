@@ -22,15 +22,14 @@ from PIL import Image
 from reward_service import Answer, AnswerObject
 from rollout.dataset import EpisodeDataset
 from rollout.episodes import Episode
-from rollout.frame_samplers import Baseline
 from rollout.frame_samples import FrameSample
+from rollout.media import frame_names
 from segmentation_service.video import VideoError, open_video
 
 from cluster.benchmark_scores import check_source
 from cluster.errors import UserError
 from cluster.eval_results import write_json
-from cluster.expression_scores import frame_names
-from cluster.inference import MASKED, Answered, Inference, check_tracking
+from cluster.inference import MASKED, Answered, Inference, check_tracking, default_sampler
 from cluster.policies import Policy
 from cluster.progress import duration
 from cluster.segment import TOGETHER, Sampling, samples_of, settings_fingerprint
@@ -148,7 +147,7 @@ def _video_with_masks(model: Inference, evaluation: Evaluation, answers: list[An
 
 def _samples(evaluation: Evaluation, episodes: list[Episode]) -> list[FrameSample | VideoError]:
     if evaluation.oracle is not None:
-        return list(Baseline("oracle", [], evaluation.policy.settings.prompt.reference_frames).sample(episodes))
+        return list(default_sampler(evaluation.policy.settings, "oracle").sample(episodes))
     with evaluation.sampling.sampler(evaluation.policy) as sampler:
         return samples_of(sampler, episodes)
 
@@ -164,7 +163,9 @@ def _masks_to_files(model: Inference, evaluation: Evaluation, target: int, about
     """Of expressions about one video whose answers are about one frame."""
     episode, folders = about[0].episode, []
     try:
-        video, names, start = open_video(episode.video_path), frame_names(episode), time.perf_counter()
+        start = time.perf_counter()
+        video = open_video(episode.video_path)
+        names = frame_names(video)
         masks = [a.episode.masks(target) for a in about] if evaluation.oracle == "mask" else model.masks(video, target, [a.answer for a in about])
         wanted = {t for a in about for t in a.episode.annotated_frames} or set(range(len(names)))
         folders += [_Folder(evaluation.predictions / a.episode.video_id / a.episode.expression_id) for a in about]

@@ -20,7 +20,8 @@ import numpy as np
 
 from reward_service.measures import intersection_and_union, jaccard_and_f, robustness
 from rollout.episodes import Annotation, Episode
-from segmentation_service.video import ImageFolder, open_video
+from rollout.media import frame_names
+from segmentation_service.video import open_video
 
 from cluster.errors import UserError
 
@@ -51,10 +52,6 @@ class ExpressionScore:
     accuracy: float = 0.0
     robustness: float = 0.0
     robustness_255: float = 0.0
-
-    @property
-    def jf(self) -> float:
-        return (self.j + self.f) / 2
 
     @property
     def scored(self) -> bool:
@@ -94,8 +91,9 @@ def over_videos(work: Callable[[list[Episode], Path], T], videos: Sequence[list[
 
 
 def score_video(episodes: list[Episode], folder: Path) -> list[ExpressionScore]:
-    """The expressions about one video or image. Frame by frame, as they share the masks of objects, which are decoded once."""
-    names, masks = frame_names(episodes[0]), _Masks(episodes[0])
+    """The expressions about one video or image. Frame by frame, as they share the masks of objects, which are decoded once. Raises VideoError
+    where the video, whose frames' names the predictions bear, is gone."""
+    names, masks = frame_names(open_video(episodes[0].video_path)), _Masks(episodes[0])
     found = [_Expression(episode, folder) for episode in episodes]
     for t in sorted({t for e in episodes for t in e.annotated_frames}):
         distinct = {a.counts: a for e in found for a in e.visible[t]}
@@ -103,13 +101,6 @@ def score_video(episodes: list[Episode], folder: Path) -> list[ExpressionScore]:
         for expression in found:
             expression.add(t, names[t], masks, foreground_HW)
     return [expression.score() for expression in found]
-
-
-def frame_names(episode: Episode) -> list[str]:
-    """The names of the video's frames without suffix, which predictions bear as well; of a video file, its frames' numbers in five digits.
-    Raises VideoError where it is gone."""
-    video = open_video(episode.video_path)
-    return [file.stem for file in video.files] if isinstance(video, ImageFolder) else [f"{t:05d}" for t in range(len(video))]
 
 
 def read_mask(folder: Path, episode: Episode, name: str) -> np.ndarray:

@@ -203,7 +203,7 @@ def query_episode(video: str | Path, query: str, fps: float = FOLDER_FPS) -> Epi
 
 
 def default_sampler(settings: RunConfig, name: str = "middle") -> FrameSampler:
-    """`middle` or `first`: the target frame; besides it as many frames as in training, evenly over the video."""
+    """`middle`, `first` or `oracle`: the target frame; besides it as many frames as in training, evenly over the video."""
     return Baseline(name, [], settings.prompt.reference_frames)
 
 

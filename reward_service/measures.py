@@ -69,7 +69,7 @@ def intersection_and_union(predicted, annotated, ignore=None):
     Raises ValueError as `jaccard` does.
     """
     pair, shape, _ = _packed_pair(predicted, annotated, ignore)
-    counts = bitmaps.count(pair[0] & pair[1]), bitmaps.count(pair[0] | pair[1])
+    counts = _shared_and_either(pair)
     return counts if shape else (int(counts[0]), int(counts[1]))
 
 
@@ -136,8 +136,12 @@ def point_accuracy(points: Sequence, annotated: Sequence) -> float:
     return sum(_share_on_mask(np.asarray(p, np.float64).reshape(-1, 2), np.asarray(m).astype(bool)) for p, m in zip(points, annotated)) / len(annotated)
 
 
+def _shared_and_either(pair) -> tuple[np.ndarray, np.ndarray]:
+    return bitmaps.count(pair[0] & pair[1]), bitmaps.count(pair[0] | pair[1])
+
+
 def _jaccard(pair) -> np.ndarray:
-    both, either = bitmaps.count(pair[0] & pair[1]), bitmaps.count(pair[0] | pair[1])
+    both, either = _shared_and_either(pair)
     return np.where(either == 0, 1.0, both / np.maximum(either, 1))
 
 

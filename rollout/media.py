@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from segmentation_service.video import ImageFolder, VideoError, is_image, open_video, read_frame
+from segmentation_service.video import ImageFolder, Video, VideoError, is_image, open_video, read_frame
 
 
 class MediaError(ValueError):
@@ -23,7 +23,7 @@ class MediaError(ValueError):
 
 @dataclass(frozen=True)
 class Media:
-    """names: of the frames, without suffix, in their order (of a video file: numbers in five digits). hw: height and width of every frame,
+    """names: of the frames, in their order, see `frame_names`. hw: height and width of every frame,
     pixels, as stored (of a video file: upright). fps: frames a second where the file tells."""
 
     path: Path
@@ -32,15 +32,21 @@ class Media:
     fps: float | None = None
 
 
+def frame_names(video: Video) -> tuple[str, ...]:
+    """Of a folder of frames the files' names without suffix, of a video file the frames' numbers in five digits: what masks of frames are called."""
+    return tuple(file.stem for file in video.files) if isinstance(video, ImageFolder) else tuple(f"{t:05d}" for t in range(len(video)))
+
+
 def read_media(path: Path) -> Media:
     """A folder of frames, an image as a video of one frame, or a video file. Raises `MediaError`."""
     if path.is_file() and not is_image(path):
         return _read_video(path)
     try:
-        files = ImageFolder(path).files
+        video = ImageFolder(path)
+        files = video.files
     except VideoError as error:
         raise MediaError("no frames" if path.is_dir() else "media missing", str(path)) from error
-    names = tuple(f.stem for f in files)
+    names = frame_names(video)
     if len(set(names)) < len(names):
         raise MediaError("two files for one frame", f"{path}, {next(n for n in names if names.count(n) > 1)}")
     sizes = {}
@@ -61,4 +67,4 @@ def _read_video(path: Path) -> Media:
         hw = read_frame(video, 0).shape[:2]
     except VideoError as error:
         raise MediaError("unreadable video", str(error)) from error
-    return Media(path, tuple(f"{t:05d}" for t in range(len(video))), hw, video.fps)
+    return Media(path, frame_names(video), hw, video.fps)

@@ -59,7 +59,8 @@ def _rows(source: Path) -> Iterator[tuple[int, dict[str, str]]]:
             for row in table:
                 if None in row:
                     raise SourceError(f"{file}:{table.line_num} has more cells than columns; put a query with commas in double quotes")
-                yield table.line_num, {c: (row.get(c) or "").strip() for c in COLUMNS}
+                cells = {c: (row.get(c) or "").strip() for c in COLUMNS}
+                yield table.line_num, cells | {"split": cells["split"] or SPLITS[0]}
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise SourceError(f"{file} cannot be read as a table in UTF-8 ({error}); write it with the columns {', '.join(COLUMNS)}") from error
 
@@ -67,14 +68,14 @@ def _rows(source: Path) -> Iterator[tuple[int, dict[str, str]]]:
 def _items(source: Path, split: str, out: Path) -> list[Item]:
     by_video: dict[str, list[tuple[int, dict[str, str]]]] = {}
     for line, row in _rows(source):
-        if (row["split"] or SPLITS[0]) not in SPLITS:
+        if row["split"] not in SPLITS:
             raise SourceError(f"{source / TABLE}:{line}: split {row['split']!r}; the splits are {', '.join(SPLITS)}")
         if not row["video"]:
             raise SourceError(f"{source / TABLE}:{line} names no video")
         row["video"] = PurePosixPath(row["video"]).as_posix()  # ./a.mp4 is a.mp4
         if PurePosixPath(row["video"]).is_absolute() or ".." in PurePosixPath(row["video"]).parts:
             raise SourceError(f"{source / TABLE}:{line}: video {row['video']!r} lies outside of {source}; move or link it there, results are named by its path")
-        if (row["split"] or SPLITS[0]) == split:
+        if row["split"] == split:
             by_video.setdefault(row["video"], []).append((line, row))
     items = []
     for video, rows in by_video.items():

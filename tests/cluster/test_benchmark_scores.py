@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from cluster.benchmark_scores import score_predictions
 from cluster.errors import UserError
 from cluster.expression_scores import BROKEN, MISSING, NO_VIDEO, SCORED
-from reward_service.measures import boundary_f
+from benchmarks.plain_measures import boundary_f, jaccard
 from rollout.episodes import read_episodes
 from rollout.importers.driver import import_data
 from tests.rollout import miniatures
@@ -59,13 +59,9 @@ def predict(folder, episodes, rng, value=255):
     return said
 
 
-def plain_j(p, g):
-    return (p & g).sum() / (p | g).sum() if (p | g).any() else 1.0
-
-
 def plain_j_and_f(said, episode):
     frames = [(said[t], truth_of(episode, t)) for t in episode.annotated_frames]
-    return np.mean([plain_j(*pair) for pair in frames]), np.mean([boundary_f(*pair) for pair in frames])
+    return np.mean([jaccard(*pair) for pair in frames]), np.mean([boundary_f(*pair) for pair in frames])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -201,7 +197,7 @@ def test_ref_davis17(tmp_path, rng, converted):
         first, second = by_id[str(a)], by_id[str(4 + a)] & (a != 1)
         predicted = np.stack([first, second & ~first, np.zeros_like(first)])
         true = np.stack([truth == k for k in (1, 2, 3)])  # void is background
-        j = np.array([[np.mean([plain_j(x, y) for x, y in zip(p, g)]) for g in true] for p in predicted])
+        j = np.array([[np.mean([jaccard(x, y) for x, y in zip(p, g)]) for g in true] for p in predicted])
         f = np.array([[np.mean([boundary_f(x, y) for x, y in zip(p, g)]) for g in true] for p in predicted])
         rows, columns = linear_sum_assignment(-(j + f) / 2)
         official.append((j[rows, columns].mean(), f[rows, columns].mean()))
