@@ -195,8 +195,8 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child or args.full:
-        print(json.dumps(full_pass(args.shard) if args.full else timed(args.child[0], args.shard, args.child[1], int(args.child[2]))))
-        return
+        print(json.dumps(full_pass(args.shard) if args.full else timed(args.child[0], args.shard, args.child[1], int(args.child[2]))), flush=True)
+        os._exit(0)  # a stream of the peer's that is not read to its end can hang where Python ends
     if args.peer_python is None and "rates" in (args.only or QUESTIONS):
         parser.error("rates compares with a peer: give --peer-python, or --only ten_million")
     from side_by_side import machine, publish

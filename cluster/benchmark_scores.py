@@ -18,7 +18,7 @@ from rollout.episodes import Episode
 
 from cluster.davis_merged import MergedScore, merge_annotators, score_merged
 from cluster.errors import UserError
-from cluster.expression_scores import NO_VIDEO, ExpressionScore, by_video, over_videos, score_video
+from cluster.expression_scores import NO_VIDEO, ExpressionScore, by_video, has_truth, over_videos, score_video
 
 Column = dict[str, float]
 Rows = Sequence[ExpressionScore]
@@ -43,7 +43,8 @@ def score_predictions(benchmark: str, episodes: Iterable[Episode], folder: Path,
     """The numbers of a benchmark for the predictions in a folder (laid out as `cluster.expression_scores` says).
 
     benchmark: the episodes' source: a name of `videoseg data import`, or another one, whose videos get J&F over expressions as well and images
-    gIoU and cIoU. progress: told (videos done, videos). Raises UserError where the episodes are another's, or their masks are not public.
+    gIoU and cIoU. progress: told (videos done, videos). Expressions whose masks are not public are left out, with a note. Raises UserError where
+    the episodes are another's, or none has public masks.
     """
     episodes, notes = list(episodes), []
     check_source(benchmark, episodes)
@@ -52,6 +53,11 @@ def score_predictions(benchmark: str, episodes: Iterable[Episode], folder: Path,
     if benchmark == "reasonseg" and (others := sum(e.expression_id != "0" for e in episodes)):
         episodes = [e for e in episodes if e.expression_id == "0"]  # LISA evaluates the first text of an image
         notes.append(f"{others} further texts of images are left out: the benchmark asks for the first")
+    if hidden := [e.episode_id for e in episodes if not has_truth(e)]:
+        episodes = [e for e in episodes if has_truth(e)]
+        notes.append(f"{len(hidden)} expressions whose masks are not public are left out, such as {hidden[0]}")
+    if not episodes:
+        raise UserError(f"{hidden[0]}: its masks are not public, as no other's are", "score a split whose masks are, or hand the predictions in (--zip)")
     videos = list(by_video(episodes).values())
     rows, merged = [], []
     for done, of_video in enumerate(over_videos(_score, videos, folder, workers), 1):

@@ -106,6 +106,12 @@ def load(path: str | Path, hashes: bool = True) -> Checkpoint:
     return Checkpoint(step, path, manifest)
 
 
+def check_policy(checkpoint: Checkpoint, path: str, fingerprint: str) -> None:
+    """Raises CheckpointError where the policy's files at `path` are not those that the run began from: a checkpoint holds no frozen weights and no tokenizer."""
+    if checkpoint.manifest.get("policy", fingerprint) != fingerprint:
+        raise CheckpointError(f"policy.path = {path}: its files are not those that {checkpoint.path} was trained from", "restore them, or start a new run")
+
+
 def steps(folder: str | Path) -> list[tuple[int, Path]]:
     """(step, path) of every finished checkpoint below `folder`, oldest first; nothing is opened."""
     matches = [(_NAME.fullmatch(p.name), p) for p in Path(folder).iterdir()] if Path(folder).is_dir() else []

@@ -18,11 +18,10 @@ from reward_service.measures import boundary_f, jaccard
 from rollout.episodes import Episode
 from rollout.importers.masks import VOID, read_png
 from rollout.importers.ref_davis17 import ANNOTATORS
-from rollout.media import frame_names
-from segmentation_service.video import open_video
+from segmentation_service.video import VideoError
 
 from cluster.errors import MissingFileError
-from cluster.expression_scores import BrokenPrediction, read_mask
+from cluster.expression_scores import BrokenPrediction, names_of_frames, read_mask
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,10 @@ def merge_annotators(scores: Sequence[MergedScore], failed_count_0: bool) -> dic
 
 def score_merged(episodes: Sequence[Episode], folder: Path) -> list[MergedScore]:
     """All objects of one video, for each annotator. Raises MissingFileError where the benchmark's images are not beside its frames."""
-    names, scores = frame_names(open_video(episodes[0].video_path)), []
+    try:
+        names, scores = names_of_frames(episodes[0]), []
+    except VideoError as error:
+        raise MissingFileError(str(error), "the four-annotator protocol is about all objects of all videos; restore the benchmark's folders") from error
     truth_GTHW = _true_objects(episodes[0], names)
     for annotator in ANNOTATORS:
         mine = sorted((e for e in episodes if e.annotator == annotator), key=lambda e: int(e.expression_id))

@@ -6,7 +6,7 @@ import json
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from rollout.episodes import Episode
 
 from cluster.benchmark_scores import BenchmarkScores
 from cluster.checkpoints import replace_text
@@ -56,8 +58,9 @@ def table_lines(scores: BenchmarkScores) -> list[str]:
     return lines + [f"note: {note}" for note in scores.notes]
 
 
-def write_zip(predictions: Path, file: Path, top: str) -> int:
-    """The predictions as a server takes them: `top`/<video>/<expression>/<frame>.png. Returns the number of images. Raises UserError for none."""
+def write_zip(predictions: Path, file: Path, top: str, episodes: Iterable[Episode]) -> str:
+    """The predictions as a server takes them: `top`/<video>/<expression>/<frame>.png. Returns what is in it, and what of the episodes is not. Raises
+    UserError where nothing is."""
     images = sorted(p for p in predictions.rglob("*.png") if not any(part.startswith(".") for part in p.relative_to(predictions).parts))
     if not images:
         raise UserError(f"{predictions} holds no predictions", "run videoseg eval with a policy first")
@@ -67,7 +70,8 @@ def write_zip(predictions: Path, file: Path, top: str) -> int:
         for image in images:
             archive.write(image, Path(top) / image.relative_to(predictions))
     os.replace(partial, file)
-    return len(images)
+    lacking = [e.episode_id for e in episodes if not (predictions / e.video_id / e.expression_id).is_dir()]
+    return f"{file}: {len(images)} images" + (f"; {len(lacking)} expressions have none, such as {lacking[0]}" if lacking else "")
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -95,8 +99,7 @@ def compare(first: Path, second: Path, resamples: int = 2000, seed: int = 0) -> 
     The measure is J&F over expressions (ReVOS: the mean of both types'), gIoU of images. Raises UserError where the expressions differ.
     """
     tables = [_rows(folder) for folder in (first, second)]
-    if tables[0].keys() != tables[1].keys():
-        only = sorted(tables[0].keys() ^ tables[1].keys())
+    if only := sorted(tables[0].keys() ^ tables[1].keys()):
         raise UserError(f"{first} and {second} are about different expressions, {only[0]} among {len(only)} that only one has", "evaluate both on the same data set")
     images = any(row["union"] for row in tables[0].values())
     revos = next(iter(tables[0])).startswith("revos/")
@@ -116,6 +119,14 @@ def compare(first: Path, second: Path, resamples: int = 2000, seed: int = 0) -> 
         means_2B = np.nanmean(100 * (weights_BV @ sums_2VK) / (weights_BV @ counts_VK), axis=2)
     low, high = np.nanpercentile((means_2B[1] - means_2B[0])[1:], [2.5, 97.5])
     return Difference("gIoU" if images else "J&F", float(means_2B[0, 0]), float(means_2B[1, 0]), float(low), float(high), len(videos))
+
+
+def check_against(first: Path, second: Path, episodes: Iterable[Episode]) -> None:
+    """What `compare` will need, before `second` is evaluated on these episodes. Raises UserError."""
+    if first.resolve() == second.resolve():
+        raise UserError(f"--against and --out are both {second}", "give two folders")
+    if others := sorted(_rows(first).keys() - {e.episode_id for e in episodes}):
+        raise UserError(f"{first} is about other expressions, {others[0]} among {len(others)}", "evaluate both on the same data set")
 
 
 def _rows(folder: Path) -> dict[str, dict]:

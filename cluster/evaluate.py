@@ -7,6 +7,7 @@ OUT/answers.jsonl has a line for each answered expression.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +25,13 @@ from rollout.dataset import EpisodeDataset
 from rollout.episodes import Episode
 from rollout.frame_samples import FrameSample
 from rollout.media import frame_names
+from rollout.prompts import check_query
 from segmentation_service.video import VideoError, open_video
 
 from cluster.benchmark_scores import check_source
 from cluster.errors import UserError
-from cluster.eval_results import write_json
+from cluster.eval_results import SCORES, write_json
+from cluster.expression_scores import has_truth
 from cluster.inference import MASKED, Answered, Inference, check_tracking, default_sampler
 from cluster.policies import Policy
 from cluster.progress import duration
@@ -58,12 +61,17 @@ class Evaluation:
         return self.out / PREDICTIONS
 
     def begin(self, episodes: Sequence[Episode]) -> None:
-        """The folder, which belongs to this evaluation alone. Raises UserError where it is another's, or where the data are another benchmark's."""
+        """The folder, which belongs to this evaluation alone. Raises UserError where it is another's, or where the data are another benchmark's or
+        lack what is asked of them, PromptError for a query that holds a media token."""
         check_source(self.benchmark, episodes)
         check_tracking(self.policy.settings, episodes)
         self.sampling.check(self.policy)
         if self.oracle and self.sampling != Sampling():
             raise UserError(f"--oracle {self.oracle} chooses the target frame, and --sampler {self.sampling.name} is to choose it too", "give one of them")
+        if self.oracle and (hidden := [e.episode_id for e in episodes if not has_truth(e)]):
+            raise UserError(f"--oracle {self.oracle} needs the truth, and the masks of {len(hidden)} expressions are not public, such as {hidden[0]}", "leave it out")
+        for episode in episodes:
+            check_query(episode.episode_id, episode.query)
         about = {
             "benchmark": self.benchmark,
             "split": sorted({e.split for e in episodes}),
@@ -74,6 +82,8 @@ class Evaluation:
         }
         file = self.out / ABOUT
         if not file.exists():
+            if (self.out / SCORES).exists():
+                raise UserError(f"{self.out} holds the scores of another program's predictions", "give another --out")
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(file, about)
         known = json.loads(file.read_text(encoding="utf-8"))
@@ -115,8 +125,8 @@ def predict(
     note(f"starting {evaluation.policy.name} on {evaluation.policy.settings.cluster.device}")
     with start(evaluation.policy) as model, open(evaluation.out / ANSWERS, "a", encoding="utf-8") as answers:
         begun = said = time.monotonic()
-        if answers.tell():
-            answers.write("\n")  # after a line that was cut off
+        if not _ends_a_line(evaluation.out / ANSWERS):
+            answers.write("\n")
         for finished, answered in enumerate(_with_masks(model, evaluation, list(zip(left, samples))), 1):
             answers.write(json.dumps(answer_line(answered), ensure_ascii=False) + "\n")
             answers.flush()
@@ -167,7 +177,7 @@ def _masks_to_files(model: Inference, evaluation: Evaluation, target: int, about
         video = open_video(episode.video_path)
         names = frame_names(video)
         masks = [a.episode.masks(target) for a in about] if evaluation.oracle == "mask" else model.masks(video, target, [a.answer for a in about])
-        wanted = {t for a in about for t in a.episode.annotated_frames} or set(range(len(names)))
+        wanted = {t for a in about for t in a.episode.annotated_frames or range(len(names))}
         folders += [_Folder(evaluation.predictions / a.episode.video_id / a.episode.expression_id) for a in about]
         for t, g, masks_NHW in model.track(video, target, masks, wanted):
             folders[g].add(names[t], masks_NHW.any(axis=0) if len(masks_NHW) else np.zeros((episode.height, episode.width), bool))
@@ -181,6 +191,15 @@ def _masks_to_files(model: Inference, evaluation: Evaluation, target: int, about
     finally:
         for folder in folders:
             folder.discard()
+
+
+def _ends_a_line(file: Path) -> bool:
+    """False where the power went while a line was written."""
+    with file.open("rb") as text:
+        if not text.seek(0, os.SEEK_END):
+            return True
+        text.seek(-1, os.SEEK_END)
+        return text.read() == b"\n"
 
 
 class _Folder:

@@ -21,12 +21,11 @@ import numpy as np
 from reward_service.measures import intersection_and_union, jaccard_and_f, robustness
 from rollout.episodes import Annotation, Episode
 from rollout.media import frame_names
-from segmentation_service.video import open_video
-
-from cluster.errors import UserError
+from segmentation_service.video import VideoError, open_video
 
 T = TypeVar("T")
 SCORED, NO_VIDEO, MISSING, BROKEN = "scored", "no folder of its video", "no prediction", "broken prediction"
+UNREADABLE = "its video cannot be read"  # whose frames' names the predictions bear
 
 
 @dataclass(frozen=True)
@@ -66,15 +65,16 @@ class BrokenPrediction(ValueError):
         self.status = status
 
 
+def has_truth(episode: Episode) -> bool:
+    """Whether its masks are known, if only that there are none: the masks of some splits are not public."""
+    return bool(episode.annotated_frames) and episode.has_masks
+
+
 def by_video(episodes: Iterable[Episode]) -> dict[str, list[Episode]]:
-    """Episodes of each video or image, all of them with public masks. Raises UserError where one has none, or none is given."""
+    """Episodes of each video or image."""
     videos: dict[str, list[Episode]] = defaultdict(list)
     for episode in episodes:
-        if not episode.annotated_frames or not episode.has_masks:
-            raise UserError(f"{episode.episode_id}: its masks are not public", "score a split whose masks are, or hand the predictions in (--zip)")
         videos[episode.video_id].append(episode)
-    if not videos:
-        raise UserError("there is no episode to score", "give a data set of `videoseg data import`")
     return videos
 
 
@@ -91,16 +91,27 @@ def over_videos(work: Callable[[list[Episode], Path], T], videos: Sequence[list[
 
 
 def score_video(episodes: list[Episode], folder: Path) -> list[ExpressionScore]:
-    """The expressions about one video or image. Frame by frame, as they share the masks of objects, which are decoded once. Raises VideoError
-    where the video, whose frames' names the predictions bear, is gone."""
-    names, masks = frame_names(open_video(episodes[0].video_path)), _Masks(episodes[0])
-    found = [_Expression(episode, folder) for episode in episodes]
+    """The expressions about one video or image. Frame by frame, as they share the masks of objects, which are decoded once."""
+    masks = _Masks(episodes[0])
+    try:
+        names, failure = names_of_frames(episodes[0]), None
+    except VideoError as error:
+        names, failure = ("",) * episodes[0].num_frames, BrokenPrediction(UNREADABLE, str(error))
+    found = [_Expression(episode, folder, failure) for episode in episodes]
     for t in sorted({t for e in episodes for t in e.annotated_frames}):
         distinct = {a.counts: a for e in found for a in e.visible[t]}
         foreground_HW = masks.covered(t, list(distinct.values())) > 0 if episodes[0].source == "revos" else None
         for expression in found:
             expression.add(t, names[t], masks, foreground_HW)
     return [expression.score() for expression in found]
+
+
+def names_of_frames(episode: Episode) -> tuple[str, ...]:
+    """What the predictions of its frames are called. Raises VideoError where the video is gone, or is not the one that was imported."""
+    names = frame_names(open_video(episode.video_path))
+    if len(names) != episode.num_frames:
+        raise VideoError(f"{episode.video_path} has {len(names)} frames, and had {episode.num_frames} when it was imported")
+    return names
 
 
 def read_mask(folder: Path, episode: Episode, name: str) -> np.ndarray:
@@ -139,8 +150,9 @@ class _Masks:
 class _Expression:
     """One expression in the course of being scored."""
 
-    def __init__(self, episode: Episode, folder: Path) -> None:
-        self._episode, self._folder = episode, folder
+    def __init__(self, episode: Episode, folder: Path, beforehand: BrokenPrediction | None) -> None:
+        """beforehand: why no prediction of it can be scored, whatever there is."""
+        self._episode, self._folder, self._beforehand = episode, folder, beforehand
         self._frames, self.visible = set(episode.annotated_frames), defaultdict(list)
         for a in (a for o in episode.objects for a in o.annotations):
             self.visible[a.frame].append(a)
@@ -153,6 +165,8 @@ class _Expression:
             return
         counts_HW, image = masks.covered(t, self.visible[t]), self._episode.media == "image"
         try:
+            if self._beforehand:
+                raise self._beforehand
             predicted_HW = read_mask(self._folder, self._episode, name)
         except BrokenPrediction as error:
             self._failure = error

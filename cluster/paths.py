@@ -38,6 +38,16 @@ def resolve_path(given: str, key: str, allow_hub: bool = False, root: Path = ROO
     raise MissingFileError(f"{key} = {given!r}: no such file or folder{hub}; tried {', '.join(tried)}", f"set {key}=PATH to one that exists")
 
 
+def model_folder(given: str, key: str) -> str:
+    """The folder of the checkpoint that the setting `key` names; a hub id is downloaded, unless it was before. Raises MissingFileError."""
+    found = resolve_path(given, key, allow_hub=True)
+    if Path(found).is_dir():
+        return found
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(found)
+
+
 def place_for(given: str, root: Path = ROOT) -> Path:
     """Where to make what `given` names and does not exist yet: below the checkout's root, where a run from any folder
     finds it again; below the current folder if the package is installed without a checkout."""

@@ -43,9 +43,8 @@ class Policy:
         if self.checkpoint is None:
             yield self.settings.policy.path
             return
-        checkpoints.load(self.checkpoint)
         with tempfile.TemporaryDirectory(prefix="videoseg-policy-") as folder:
-            export_checkpoint(self.checkpoint, self.trained, Path(folder) / "policy")
+            export_checkpoint(checkpoints.load(self.checkpoint), self.trained, Path(folder) / "policy")
             yield str(Path(folder) / "policy")
 
 
@@ -99,13 +98,15 @@ def _checkpoint_of_run(given: str) -> tuple[RunFolder, Path] | None:
     return None
 
 
-def export_checkpoint(checkpoint: Path, settings: RunConfig, out: Path) -> None:
-    """The policy of a run's checkpoint (a sound one: `checkpoints.load`) as a Hugging Face folder, with the run's settings in it. Raises UserError
-    where `out` exists."""
+def export_checkpoint(checkpoint: checkpoints.Checkpoint, settings: RunConfig, out: Path) -> None:
+    """The policy of a run's checkpoint as a Hugging Face folder, with the run's settings in it. Raises UserError where `out` exists, CheckpointError
+    where the files of the policy that the run began from have changed."""
     if out.exists():
         raise UserError(f"there is already something at {out}", "give a folder that does not exist yet")
-    policy = paths.resolve_path(settings.policy.path, "policy.path", allow_hub=True)
     from learner.checkpoint import export_checkpoint
+    from rollout.fingerprints import model_fingerprint
 
-    export_checkpoint(checkpoint / "learner", settings.learner, policy, out)
+    policy = paths.model_folder(settings.policy.path, "policy.path")
+    checkpoints.check_policy(checkpoint, settings.policy.path, model_fingerprint(policy))
+    export_checkpoint(checkpoint.path / "learner", settings.learner, policy, out)
     (out / SETTINGS).write_text(config_dump.dump_yaml(settings, comments=False, title="settings of the run that trained this policy; `videoseg segment --policy` reads them"), encoding="utf-8")

@@ -20,9 +20,9 @@ from ray.exceptions import RayError
 from reward_service import think_text
 from reward_service.difficulty import OnlineDifficulty
 from rollout.config import SamplingConfig
-from rollout.fingerprints import policy_fingerprints
+from rollout.fingerprints import model_fingerprint, policy_fingerprints
 
-from cluster import checkpoints, rollout_log
+from cluster import checkpoints, paths, rollout_log
 from cluster.checkpoints import Checkpoint
 from cluster.config import RunConfig
 from cluster.draws import SUBSTITUTES, BrokenEpisode, Draw, Draws
@@ -60,6 +60,7 @@ class Run:
     metrics: MetricsWriter
     progress: Progress
     policy: Mapping[str, Any]  # its fingerprints
+    began_from: str  # fingerprint of the policy's files, which hold the frozen weights and the first reference
     step: int = 0  # updates so far, and the version of the weights
     before: dict[str, float] | None = None  # the evaluation before the first step
     online: OnlineDifficulty | None = None  # success rates of the episodes, where difficulty is estimated from them
@@ -88,6 +89,9 @@ class Run:
         folder made, if it is not there. `located` is `config` with paths that can be loaded; `roles` are the parts that the run has."""
         progress.stage("starting")
         ours = policy_fingerprints(located.policy.path)
+        began_from = await asyncio.to_thread(model_fingerprint, paths.model_folder(located.policy.path, "policy.path"))
+        if checkpoint is not None:
+            checkpoints.check_policy(checkpoint, config.policy.path, began_from)
         actors = await start_actors(located, ours["banned_token_ids"], roles)
         try:
             for number, theirs in enumerate(await gather([engine.fingerprints.remote() for engine in actors.engines])):
@@ -99,7 +103,7 @@ class Run:
             since = checkpoint.step if checkpoint else -1  # -1: from the very beginning, also where a run was lost before its first checkpoint
             rollout_log.drop_after(folder.rollouts, since)
             metrics = MetricsWriter(folder.path, resume_step=since)
-            run = cls(config, folder, actors, draws, held_out, metrics, progress, ours)
+            run = cls(config, folder, actors, draws, held_out, metrics, progress, ours, began_from)
             run.ledger.roll_back(since, checkpoint.manifest if checkpoint else {"position": 0})
             if config.difficulty.is_online:
                 run.online = OnlineDifficulty(config.difficulty)
@@ -267,7 +271,7 @@ class Run:
     async def save(self) -> None:
         """A checkpoint of this step: the learner's state and the success rates in files, the rest of the run's in the manifest."""
         with self.stage("checkpoint"):
-            state = self.ledger.state_dict() | {"slow_videos": dict(self.draws.slow), "data": self.draws.fingerprint, "before": self.before}
+            state = self.ledger.state_dict() | {"slow_videos": dict(self.draws.slow), "data": self.draws.fingerprint, "policy": self.began_from, "before": self.before}
             try:
                 with checkpoints.writing(self.folder.checkpoints, self.step, state) as temporary:
                     await self.learning(gather([learner.save.remote(str(temporary.absolute() / "learner")) for learner in self.actors.learners]))

@@ -80,7 +80,7 @@ def sampler_for(config: SampleFramesConfig) -> Iterator[Callable[[list[Episode]]
         return
     from rollout.htfs_vllm import FrozenModel
 
-    folder = model_folder(config.model)
+    folder = paths.model_folder(config.model, "model")
     model = FrozenModel(folder, config.htfs, config.rollout, dtype=config.dtype, device=config.device)
     try:
         yield lambda episodes: htfs_sampler(config, folder, model)
@@ -90,21 +90,11 @@ def sampler_for(config: SampleFramesConfig) -> Iterator[Callable[[list[Episode]]
 
 def htfs_sampler(config: SampleFramesConfig, folder: str, ask: Ask) -> HTFS:
     """HTFS with the identity of what answers: the checkpoint's contents, its precision, vLLM's version."""
-    from rollout.htfs_vllm import model_fingerprint
+    from rollout.fingerprints import model_fingerprint
 
     dtype = resolve_dtype(config.dtype, resolve_device(config.device))
     identity = f"{model_fingerprint(folder)} {dtype} vllm {version_of('vllm')}"
     return HTFS(config.htfs, ask, identity, config.key_frames, config.reference_frames, config.seed)
-
-
-def model_folder(given: str) -> str:
-    """The folder of a checkpoint; a hub id is downloaded, unless it was before."""
-    found = paths.resolve_path(given, "model", allow_hub=True)
-    if Path(found).is_dir():
-        return found
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(found)
 
 
 def sample_with(make: Callable[[list[Episode]], FrameSampler], data: Path, out: Path, batch: int) -> Report:

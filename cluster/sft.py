@@ -38,7 +38,7 @@ def likelihood_settings(config: RunConfig) -> RunConfig:
     passes and mini-batches too; without a cap on importance weights, KL and entropy bonus that is all. Log-probs are at temperature 1.
     """
     learner = replace(
-        config.learner, surrogate="cispo", ratio_level="token", clip_low=0.0, clip_high=0.0, dual_clip=None, loss_aggregation="token", entropy_coef=0.0, kl_coef=0.0, tis_cap=None
+        config.learner, surrogate="cispo", ratio_level="token", clip_low=0.0, clip_high=0.0, dual_clip=None, loss_aggregation="token", entropy_coef=0.0, kl_coef=0.0, reference_every=0, tis_cap=None
     )
     return replace(config, learner=learner, rollout=replace(config.rollout, temperature=1.0))
 

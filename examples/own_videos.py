@@ -23,6 +23,8 @@ FPS = 12.0
 
 def write_own_videos(out: Path) -> Path:
     """The folder, with videos of the toy world in the place of yours; returns the table."""
+    if out.exists():
+        raise SystemExit(f"{out} exists already; give the name of a new folder")
     rows = []
     for seed, (name, split) in enumerate(SPLITS.items(), 500):
         video = make_video(seed)

@@ -11,6 +11,7 @@ import io
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +39,9 @@ def _barrier() -> None:
         torch.distributed.barrier()
 
 
-def save_checkpoint(engine, folder: str | Path, rank: int, state: dict) -> None:
-    """Write the weights that learn, optimiser, `state` (numbers and strings) and each rank's random states to `folder`, which must not exist.
-
-    Frozen weights are those of the policy that the run began from, and are not written again.
-    """
+@contextlib.contextmanager
+def checkpoint_folder(folder: str | Path, rank: int) -> Iterator[Path]:
+    """An empty folder for all ranks to write to, which gets the name `folder` when they are done. Raises CheckpointError if there is one."""
     folder = Path(folder)
     writing = folder.with_name(folder.name + ".writing")
     if rank == 0:
@@ -51,14 +50,22 @@ def save_checkpoint(engine, folder: str | Path, rank: int, state: dict) -> None:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
     _barrier()
-    engine.save_checkpoint(str(writing), tag=TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True)
-    torch.save(_random_states(), writing / f"random_rank{rank}.pt")
-    if rank == 0:
-        (writing / STATE_FILE).write_text(json.dumps(state, indent=1, sort_keys=True))
+    yield writing
     _barrier()
     if rank == 0:
         writing.rename(folder)
     _barrier()
+
+
+def save_checkpoint(engine, folder: Path, rank: int, state: dict) -> None:
+    """Write the weights that learn, optimiser, `state` (numbers and strings) and each rank's random states to `folder`.
+
+    Frozen weights are those of the policy that the run began from, and are not written again.
+    """
+    engine.save_checkpoint(str(folder), tag=TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True)
+    torch.save(_random_states(), folder / f"random_rank{rank}.pt")
+    if rank == 0:
+        (folder / STATE_FILE).write_text(json.dumps(state, indent=1, sort_keys=True))
 
 
 def load_checkpoint(engine, folder: str | Path, rank: int, world_size: int, expected: dict) -> dict:

@@ -99,6 +99,9 @@ class LearnerConfig:
     )
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus, which is subtracted from the loss.", "min": 0.0})
     kl_coef: float = field(default=5e-3, metadata={"help": "Weight of the KL to the reference policy; 0 loads no reference.", "min": 0.0})
+    reference_every: int = field(
+        default=0, metadata={"help": "Steps after which the policy becomes the new reference of the KL; 0: it stays the policy that training began from.", "min": 0}
+    )
     kl_in: str = field(
         default="loss", metadata={"help": "Where the KL goes: added to the loss, or subtracted from the reward before advantages are taken.", "choices": KL_PLACES}
     )
@@ -154,6 +157,9 @@ def check_config(config: LearnerConfig) -> None:
             raise ValueError(f"learner.{key} = {getattr(config, key)}: only adapters learn with learner.lora_rank above 0; use null or 0")
     if config.lora_rank and not config.lora_targets:
         raise ValueError("learner.lora_targets is empty; name at least one linear layer, or use learner.lora_rank=0")
+    if config.reference_every and (config.lora_rank or config.kl_coef == 0.0):
+        reason = "learner.kl_coef = 0 loads none" if config.kl_coef == 0.0 else "with adapters it is the model without them, of which there is one copy"
+        raise ValueError(f"learner.reference_every = {config.reference_every} renews the reference of the KL, but {reason}; use 0")
     least = {"none": 0, "optimizer": 1, "all": 3}[config.offload]
     if config.zero_stage < least:
         raise ValueError(f"learner.offload={config.offload} needs learner.zero_stage of at least {least}, got {config.zero_stage}")

@@ -1,4 +1,4 @@
-"""DeepSpeed round a policy: process group, settings, engine, and the frozen reference under the same ZeRO stage."""
+"""DeepSpeed round a policy: process group, settings, engine."""
 
 from __future__ import annotations
 
@@ -192,14 +192,3 @@ class PolicyEngine:
         if not (self._norm < float("inf") and whole > 0.0):
             return {}
         return dict(zip(names, (squares.sqrt() * (self._norm / whole)).tolist()))
-
-
-def frozen_engine(policy: nn.Module, config: LearnerConfig, world_size: int, dtype: torch.dtype, device: torch.device):
-    """A policy that is only run, never trained: whole on every rank, or sharded like the trained one under ZeRO-3."""
-    policy.requires_grad_(False)
-    if config.zero_stage < 3:
-        return policy.to(device)
-    import deepspeed
-
-    settings = deepspeed_settings(config, world_size, dtype) | {"gradient_clipping": 0.0}
-    return deepspeed.initialize(model=policy, config=settings, dist_init_required=False)[0]

@@ -218,7 +218,7 @@ def policy_loss(
     sequence's tokens), the same for all of them, with the gradient through the mean (GSPO, arXiv:2507.18071, eq. 7).
     Surrogate, with A the advantage:
     ppo: max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) (PPO, arXiv:1707.06347, eq. 7; separate bounds: "clip-higher" of
-        DAPO, arXiv:2503.14476, section 3.1; with sequence ratios GSPO, eq. 5); where A < 0 it is at most -A * dual_clip
+        DAPO, arXiv:2503.14476, eq. 10; with sequence ratios GSPO, eq. 5); where A < 0 it is at most -A * dual_clip
         (dual-clip PPO, arXiv:1912.09729, eq. 5).
     cispo: -A logprobs * clip(r, 1 - clip_low, 1 + clip_high) without gradient through the clipped ratio, so that no token loses
         its gradient (CISPO of MiniMax-M1, arXiv:2506.13585, eq. 4 and 5; there only the upper bound is active: clip_low = 1).

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 
+WORDS = 8192  # of the vocabulary, whose gradients are computed at a time
+
+
 class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, banned: Tensor, chunk: int, entropy: bool, train_entropy: bool):
@@ -55,7 +58,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
             d_logits = d_logits.to(weight.dtype)
             grad_hidden[rows] = d_logits @ weight
             if grad_weight is not None:
-                grad_weight += d_logits.t() @ h
+                for part, d_part in zip(grad_weight.split(WORDS), d_logits.split(WORDS, 1)):
+                    part += d_part.t() @ h  # of all words at once the product would be another copy of the weight's size
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None, None, None
 
 

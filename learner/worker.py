@@ -6,15 +6,16 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .batch import MicroBatch, Sample, check_fingerprints, check_samples, collate
-from .checkpoint import export_policy, load_checkpoint, save_checkpoint
+from .checkpoint import checkpoint_folder, export_policy, load_checkpoint, save_checkpoint
 from .config import LearnerConfig, check_config
-from .engine import PolicyEngine, Update, frozen_engine, init_distributed, pick_device_and_dtype
+from .engine import PolicyEngine, Update, init_distributed, pick_device_and_dtype
 from .flops import ModelSize, peak_flops, step_flops
 from .grpo import kl_to_reference, multiplicative_error, rollout_mismatch, token_sums
 from .learning_rate import learning_rate
@@ -22,6 +23,7 @@ from .lora import add_adapters, without_adapters
 from .loss import Totals, counted_sequences, micro_batch_loss, step_totals
 from .patchify import PatchSpec
 from .policy import PolicyModel, load_model
+from .reference import Reference
 from .schedule import schedule
 from .weights import WeightBucket, weight_buckets
 
@@ -29,7 +31,7 @@ MEANS = ("policy_loss", "kl", "clip_low", "clip_high", "dual_clip", "tis_weight"
 
 
 class LearnerWorker:
-    """Holds a policy, its optimiser and the frozen reference. All ranks are called alike, with the same arguments.
+    """Holds a policy, its optimiser and the reference of the KL. All ranks are called alike, with the same arguments.
 
     config: see LearnerConfig. policy_path: Hugging Face folder or hub id; also the reference. total_steps: training steps of
     the whole run, for the learning-rate schedule. temperature, banned_token_ids: exactly as in sampling.
@@ -77,7 +79,7 @@ class LearnerWorker:
         elif config.kl_coef > 0.0:
             reference = wrap(load_model(policy_path, self.dtype))
             reference.shares_vision = policy.shares_vision
-            self.reference = frozen_engine(reference, config, world_size, self.dtype, self.device)
+            self.reference = Reference(reference, config, world_size, self.dtype, self.device)
 
     @property
     def policy(self) -> PolicyModel:
@@ -117,6 +119,9 @@ class LearnerWorker:
                 done.append(self._update(sums.pop("update_loss", torch.zeros((), dtype=torch.float64, device=self.device)), factor))
                 clock.lap("optimizer")
         self.steps += 1
+        if self.config.reference_every and self.steps % self.config.reference_every == 0:
+            self.reference.renew(self.policy)
+            clock.lap("reference")
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if any(update.left_out for update in done) else 0
         return self._metrics(samples, sums, done, factor * self.config.lr, plans, clock)
 
@@ -289,7 +294,10 @@ class LearnerWorker:
     def save(self, folder: str) -> None:
         """Checkpoint to `folder`, which must not exist yet."""
         state = self._identity() | {"world_size": self.world_size, "steps": self.steps, "updates": self.updates}
-        save_checkpoint(self.engine.deepspeed, folder, self.rank, state)
+        with checkpoint_folder(folder, self.rank) as writing:
+            save_checkpoint(self.engine.deepspeed, writing, self.rank, state)
+            if self._reference_was_renewed():
+                self.reference.save(writing, self.policy, self.rank)
 
     def load(self, folder: str) -> None:
         """Continue from a checkpoint of the same ZeRO stage, type and adapters: to the last bit with as many ranks, else up to rounding.
@@ -298,6 +306,11 @@ class LearnerWorker:
         """
         state = load_checkpoint(self.engine.deepspeed, folder, self.rank, self.world_size, self._identity())
         self.steps, self.updates = state["steps"], state["updates"]
+        if self._reference_was_renewed():
+            self.reference.load(Path(folder))
+
+    def _reference_was_renewed(self) -> bool:
+        return 0 < self.config.reference_every <= self.steps
 
     def export(self, folder: str) -> None:
         """The policy as a Hugging Face folder, which must not exist yet."""

@@ -1,7 +1,8 @@
-"""What must be equal in engines, prompts and learner for their log-probs to mean the same: the policy's fingerprints."""
+"""What must be equal in engines, prompts and learner for their log-probs to mean the same, and in a run that is resumed: the policy's fingerprints."""
 
 import hashlib
 import json
+from pathlib import Path
 
 from rollout.banned_tokens import banned_token_ids
 
@@ -33,6 +34,16 @@ def policy_fingerprints(model: str, tokenizer=None, vocab_size: int | None = Non
     }
 
 
+def model_fingerprint(folder: str | Path) -> str:
+    """SHA-256 (hex) over names and contents of a checkpoint's files: some seconds for every 10 GB."""
+    digest = hashlib.sha256()
+    for file in sorted(f for f in Path(folder).iterdir() if f.suffix in _MODEL_FILES):
+        with file.open("rb") as handle:
+            digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".jinja", ".model")
 _PROCESSOR_KEYS = ("image_processor_type", "patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std", "rescale_factor", "do_rescale", "do_normalize")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -18,7 +17,6 @@ from rollout.prompts import IMAGE, ImageChat, check_query, resize
 from segmentation_service.video import read_frames
 
 _IN_FLIGHT = 64  # looks whose frames are in memory
-_MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".jinja", ".model")
 
 
 @dataclass(frozen=True)
@@ -91,12 +89,3 @@ def size_within(size_hw: tuple[int, int], max_pixels: int, step: int) -> tuple[i
     height, width = size_hw
     scale = min(1.0, sqrt(max_pixels / (height * width)))
     return max(step, int(height * scale) // step * step), max(step, int(width * scale) // step * step)
-
-
-def model_fingerprint(folder: str | Path) -> str:
-    """SHA-256 (hex) over names and contents of a checkpoint's files: some seconds for every 10 GB."""
-    digest = hashlib.sha256()
-    for file in sorted(f for f in Path(folder).iterdir() if f.suffix in _MODEL_FILES):
-        with file.open("rb") as handle:
-            digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from rollout.banned_tokens import MEDIA_TOKENS
 from rollout.episodes import Episode, TargetObject
 from rollout.importers.item import Defect, Item, Query, Truth
 from rollout.media import Media, MediaError, read_media
@@ -106,6 +107,8 @@ def _targets(query: Query, truth: Truth | None) -> tuple[tuple[int, ...], tuple[
     """The frames whose truth is known for this query, and its targets in them."""
     if not query.text.split():
         raise Defect("empty query")
+    if any(token in query.text for token in MEDIA_TOKENS):
+        raise Defect("query with a media token", query.text)
     if query.defect:
         raise query.defect
     if query.object_ids is None or truth is None:

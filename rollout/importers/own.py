@@ -1,7 +1,8 @@
 """Videos of one's own: a table `queries.csv` beside video files or folders of frames, and masks as PNGs.
 
 Columns: `video` and `query`; `masks`, a folder with one image for each frame whose truth is known, named by the frame's number in five digits (of a
-folder of frames: like the frame), 0 being background and k the k-th object (0 and 255 alone: one object); `objects`, the numbers that the query means
+folder of frames: like the frame), 0 being background and k the k-th object (0 and 255 alone: one object; beside numbers 255 is void, which is
+ignored); `objects`, the numbers that the query means
 (empty: all that is masked; `none`: nothing fits it); `split` (empty: train). Without `masks` a query can be answered and not scored.
 """
 
@@ -14,10 +15,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from rollout.episodes import annotate
+from rollout.episodes import Annotation, IgnoreMask, annotate
 from rollout.importers.item import Benchmark, Defect, Item, Query, SourceError, Track, Truth
 from rollout.importers.masks import VOID, mask_files, read_png
 from rollout.media import Media
+from segmentation_service.masks import encode_rle
 
 TABLE = "queries.csv"
 COLUMNS = ("video", "query", "masks", "objects", "split")
@@ -33,16 +35,23 @@ class NumberedPngs:
     folder: Path
 
     def read(self, media: Media, listed: Sequence[int], object_ids: Sequence[str]) -> Truth:
-        values = {t: read_png(file, media.hw) for t, file in mask_files(self.folder, media, listed)}
-        if all(np.isin(v, (0, VOID)).all() for v in values.values()):
-            values = {t: v // VOID for t, v in values.items()}
-        tracks: dict[str, Track | Defect] = {}
-        for o in object_ids:
-            found = [annotate(t, v > 0 if o == ALL else v == int(o)) for t, v in values.items()]
-            tracks[o] = Track(tuple(values), tuple(filter(None, found)))
-            if not tracks[o].annotations:
-                tracks[o] = Defect("unknown object", f"{'nothing' if o == ALL else f'object {o}'} is in no mask of {self.folder}")
-        return Truth(tuple(values), tracks)
+        files = mask_files(self.folder, media, listed)
+        numbered = any(not np.isin(read_png(file, media.hw), (0, VOID)).all() for _, file in files)
+        annotations: dict[str, list[Annotation | None]] = {o: [] for o in object_ids}
+        ignore = []
+        for t, file in files:
+            values_HW = read_png(file, media.hw)
+            if not numbered:
+                values_HW //= VOID
+            elif (void_HW := values_HW == VOID).any():
+                ignore.append(IgnoreMask(t, encode_rle(void_HW)["counts"]))
+                values_HW[void_HW] = 0
+            for o, found in annotations.items():
+                found.append(annotate(t, values_HW > 0 if o == ALL else values_HW == int(o)))
+        frames = tuple(t for t, _ in files)
+        tracks: dict[str, Track | Defect] = {o: Track(frames, tuple(filter(None, found))) for o, found in annotations.items()}
+        unknown = {o: Defect("unknown object", f"{'nothing' if o == ALL else f'object {o}'} is in no mask of {self.folder}") for o, t in tracks.items() if not t.annotations}
+        return Truth(frames, tracks | unknown, tuple(ignore))
 
 
 def _rows(source: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -99,4 +108,12 @@ def _query(number: str, row: dict[str, str], where: str) -> Query:
     return Query(number, row["query"], tuple(dict.fromkeys(str(int(w)) for w in words)) or (ALL,))
 
 
-OWN = Benchmark(name="own", splits=SPLITS, files=lambda source, split: [source / TABLE], items=_items)
+def _files(source: Path, split: str) -> list[Path]:
+    """The table and the masks: what a second import is to notice a change of."""
+    if not (source / TABLE).exists():
+        return [source / TABLE]
+    folders = dict.fromkeys(row["masks"] for _, row in _rows(source) if row["masks"] and row["split"] == split)
+    return [source / TABLE, *(file for folder in folders for file in sorted((source / folder).glob("*.png")))]
+
+
+OWN = Benchmark(name="own", splits=SPLITS, files=_files, items=_items)

@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from cluster.benchmark_scores import score_predictions
 from cluster.errors import UserError
-from cluster.expression_scores import BROKEN, MISSING, NO_VIDEO, SCORED
+from cluster.expression_scores import BROKEN, MISSING, NO_VIDEO, SCORED, UNREADABLE
 from benchmarks.plain_measures import boundary_f, jaccard
 from rollout.episodes import read_episodes
 from rollout.importers.driver import import_data
@@ -235,6 +235,39 @@ def test_refcoco_counts_every_sentence_and_missing_ones_as_nothing(tmp_path, rng
     found = score_predictions("refcoco", episodes, tmp_path / "p")
     expected = {"gIoU": 100 * (shared / (either + 1e-5)).sum() / (4 + 1e-5), "cIoU": 100 * shared.sum() / (either.sum() + 1e-10)}
     assert found.official == found.strict == pytest.approx(expected) and [e.status for e in found.failures] == [NO_VIDEO if len(episodes) == 1 else MISSING]
+
+
+def test_expressions_that_cannot_be_scored_do_not_keep_others_from_it(tmp_path, rng):
+    """Hidden truth is left out with a note; a video that is gone, or has other frames than when it was imported, costs its own expressions."""
+    miniatures.mevis(tmp_path / "mevis")
+    episodes = imported("mevis", tmp_path / "mevis", tmp_path / "data", "valid_u")
+    predict(tmp_path / "p", episodes, rng)
+    whole = score_predictions("mevis", episodes, tmp_path / "p")
+    hidden = replace(episodes[0], episode_id="hidden", expression_id="hidden", annotated_frames=(), objects=())
+    found = score_predictions("mevis", [*episodes, hidden], tmp_path / "p")
+    assert found.strict == whole.strict and found.notes == ["1 expressions whose masks are not public are left out, such as hidden"]
+    with pytest.raises(UserError, match="hidden: its masks are not public"):
+        score_predictions("mevis", [hidden], tmp_path / "p")
+
+    first = episodes[0].video_id
+    mine, others = ([e for e in episodes if (e.video_id == first) == which] for which in (True, False))
+    moved = [replace(e, video=str(tmp_path / "nowhere"), root="") for e in mine]
+    scores = score_predictions("mevis", [*others, *moved], tmp_path / "p")
+    assert {e.status for e in scores.failures} == {UNREADABLE} and sorted(e.episode_id for e in scores.failures) == sorted(e.episode_id for e in mine)
+    kept = [e for e in whole.expressions if e.video_id != first]
+    assert scores.strict["J"] == pytest.approx(100 * sum(e.j for e in kept) / len(episodes))
+    next(episodes[0].video_path.iterdir()).unlink()
+    scores = score_predictions("mevis", episodes, tmp_path / "p")
+    assert all(e.status == UNREADABLE and f"frames, and had {episodes[0].num_frames} when" in e.detail for e in scores.failures) and len(scores.failures) == len(mine)
+
+
+def test_an_image_that_is_gone_counts_as_nothing_found(tmp_path, rng):
+    miniatures.reasonseg(tmp_path / "rs")
+    episodes = imported("reasonseg", tmp_path / "rs", tmp_path / "data", "val")
+    predict(tmp_path / "p", episodes, rng)
+    gone = [replace(e, video=str(tmp_path / "nowhere.jpg"), root="") for e in episodes]
+    before, after = (score_predictions("reasonseg", some, tmp_path / ("p" if which else "none")) for which, some in ((1, gone), (0, episodes)) if (tmp_path / "none").mkdir(exist_ok=True) is None)
+    assert {e.status for e in before.failures} == {UNREADABLE} and before.strict == after.strict
 
 
 def test_wrong_use_is_said(tmp_path):

@@ -1,6 +1,7 @@
 """`videoseg eval` on toy episodes: the real policy, SAM2 and XMem; the scores against masks made by the same parts one by one."""
 
 import json
+import shutil
 import zipfile
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from cluster.inference import default_sampler
 from cluster.segment import Sampling
 from reward_service.measures import jaccard
 from rollout.episodes import read_episodes, write_episodes
+from rollout.prompts import PromptError
 from segmentation_service.video import open_video
 from tests.cluster.conftest import TOY_MODELS
 from tests.conftest import TOY
@@ -83,6 +85,7 @@ def test_what_is_answered_is_not_asked_again(evaluation, start, data):
     file.write_text(file.read_text()[:-30])  # the power went while the last line was written
     notes = []
     predict(evaluation, episodes, notes.append, start)
+    assert "\n\n" not in file.read_text()
     assert notes[0] == f"2 of {len(episodes)} expressions were answered before and are skipped" and set(evaluation.answered()) == {e.episode_id for e in episodes}
     assert all(np.array_equal(image(evaluation, e, 0), before[e.episode_id]) for e in episodes[:3])
     predict(evaluation, episodes, notes.append, nothing_starts)
@@ -111,6 +114,29 @@ def test_oracles(evaluation, start, data, oracle):
         overlap = jaccard(image(evaluation, e, target) > 0, e.masks(target).any(0))
         assert overlap == 1 if oracle == "mask" else overlap > 0.7 if oracle == "box" else 0 <= overlap <= 1
         assert (of[e.episode_id]["completion"] is None) == (oracle != "frame")
+
+
+def test_hidden_expressions_beside_public_ones_are_predicted_whole(evaluation, start, data, tmp_path):
+    """Both in one group, which goes through the video once."""
+    public = next(e for e in read_episodes(data) if e.num_frames > 2)
+    t = max(public.annotated_frames, key=lambda t: len(public.visible(t)))
+    public = replace(public, annotated_frames=(t,), objects=tuple(replace(o, annotations=tuple(a for a in o.annotations if a.frame == t)) for o in public.objects))
+    hidden = replace(public, episode_id="hidden", expression_id="hidden", annotated_frames=(), objects=())
+    write_episodes([public, hidden], tmp_path / "both/part.parquet")
+    evaluation = replace(evaluation, data=tmp_path / "both")
+    episodes = list(read_episodes(evaluation.data))
+    with pytest.raises(UserError, match="--oracle mask needs the truth, and the masks of 1 expressions are not public, such as hidden"):
+        predict(replace(evaluation, oracle="mask", out=tmp_path / "oracle"), episodes, print, nothing_starts)
+    predict(evaluation, episodes, lambda text: None, start)
+    assert len(list((evaluation.predictions / hidden.video_id / "hidden").iterdir())) == hidden.num_frames
+    assert image(evaluation, public, t).shape == (public.height, public.width)
+
+
+def test_a_query_that_no_prompt_can_hold_is_said_before_anything_starts(evaluation, data):
+    episodes = [replace(e, query="what is <|image_pad|>?") for e in read_episodes(data)]
+    with pytest.raises(PromptError, match="holds a media token"):
+        predict(evaluation, episodes, print, nothing_starts)
+    assert not evaluation.out.exists()
 
 
 def test_a_folder_belongs_to_one_evaluation(evaluation, start, data):
@@ -143,6 +169,21 @@ def test_the_command(evaluation, start, data, tmp_path, monkeypatch, capsys):
     assert cli.main(["eval", "toy", "--predictions", f"{out}/predictions", "--data", str(data), "--out", str(tmp_path / "b"), "--against", out]) == 0
     assert "+0.00 (95% interval +0.00 to +0.00, bootstrap over" in capsys.readouterr().out
     assert json.loads((tmp_path / "b/scores.json").read_text())["strict"] == scores["strict"]
+
+    # A zip says what it lacks.
+    shutil.rmtree(next((tmp_path / "a/predictions").glob("*/*")))
+    assert cli.main(["eval", "toy", "--predictions", f"{out}/predictions", "--data", str(data), "--out", str(tmp_path / "b"), "--zip", str(tmp_path / "b.zip")]) == 0
+    assert "images; 1 expressions have none, such as toy_" in capsys.readouterr().out
+    scored = (["--data", str(data), "--predictions", f"{out}/predictions"])
+    for wrong, said in (
+        ([*scored, "--out", out], "holds a policy's evaluation"),
+        ([*scored, "--out", str(tmp_path / "b"), "--against", str(tmp_path / "b")], "--against and --out are both"),
+        ([*scored, "--out", str(tmp_path / "c"), "--against", str(tmp_path / "none")], "expressions.parquet is missing"),
+        ([*scored, "--out", str(tmp_path / "c"), "--sampler", "first", "--oracle", "box"], "--oracle, --sampler: --predictions are scored as they are"),
+        ([*command[2:], "--out", str(tmp_path / "b")], "holds the scores of another program's predictions"),
+    ):
+        assert cli.main(["eval", "toy", *wrong]) == 2
+        assert said in capsys.readouterr().err
     for wrong, said in (
         (["--data", str(data)], "neither a CHECKPOINT nor --predictions"),
         ([str(TOY / "policy"), "--data", str(data), "--predictions", out], "both a CHECKPOINT and --predictions"),
@@ -215,5 +256,5 @@ def test_the_table_shows_what_is_missing():
 
 def test_an_empty_zip_is_not_written(tmp_path):
     with pytest.raises(UserError, match="holds no predictions"):
-        eval_results.write_zip(tmp_path, tmp_path / "x.zip", "")
+        eval_results.write_zip(tmp_path, tmp_path / "x.zip", "", [])
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cluster import checkpoints, cli, config, config_files, sft
 from cluster.answers import Answers, WrittenAnswers, outside_point
@@ -316,6 +316,21 @@ def test_a_run_does_not_go_on_with_other_answers(run, toy_data, tmp_path):
     training.close()
     with pytest.raises(CheckpointError, match="a.jsonl: not the episodes"):
         check_resumable(checkpoints.latest(run.checkpoints)[0], training)
+
+
+def test_a_run_does_not_go_on_from_another_policy(run, tmp_path, capsys):
+    """A checkpoint has no frozen weights: those of its policy's folder, which may lie elsewhere by now, must be the same."""
+    again, moved = RunFolder(shutil.copytree(run.path, tmp_path / "again")), tmp_path / "policy"
+    shutil.copytree(TOY / "policy", moved)
+    again.config.write_text(again.config.read_text().replace(str(TOY / "policy"), str(moved)))
+    assert cli.main(["export", str(again.path), str(tmp_path / "same")]) == 0
+    weights = load_file(moved / "model.safetensors")
+    weights["model.norm.weight"] += 1.0
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    for command in (["resume", str(again.path), "loop.steps=9"], ["export", str(again.path), str(tmp_path / "other")]):
+        capsys.readouterr()
+        assert cli.main(command) == 2
+        assert f"policy.path = {moved}: its files are not those that {again.checkpoints}/step_" in capsys.readouterr().err
 
 
 def test_the_settings_leave_the_likelihood_alone_whatever_they_were():

@@ -30,6 +30,7 @@ from learner.config import LearnerConfig  # noqa: E402
 PLAIN = LearnerConfig(lr=30.0, adam_eps=1.0, adam_beta1=0.0, weight_decay=0.0, max_grad_norm=0.0, kl_coef=0.1, tokens_per_microbatch=60, threads=1)
 TRAIN = replace(PLAIN, lr=3e-3, adam_eps=1e-6, adam_beta1=0.9, max_grad_norm=0.05, warmup_steps=1, lr_schedule="cosine")
 
+RENEWED = replace(TRAIN, lr_schedule="constant", reference_every=2)
 ADAPTERS = replace(TRAIN, lr=0.02, lora_rank=4, lora_alpha=8.0)
 
 
@@ -73,7 +74,9 @@ class Scenarios:
         learner.export(str(self.folder / f"export_{self.world_size}"))
         self.one_step("offload", replace(PLAIN, zero_stage=3, offload="all") if self.world_size == 2 else replace(PLAIN, zero_stage=2, offload="optimizer"))
         self.resume(2)
+        self.resume(2 if self.world_size == 1 else 3, "bfloat16")
         self.all_but_the_defaults()
+        self.renewed(2 if self.world_size == 1 else 3)
         self.adapters(0 if self.world_size == 1 else 3)
         if self.world_size == 1:
             self.one_step("whole", replace(PLAIN, zero_stage=1, tokens_per_microbatch=10_000), policy="policy")
@@ -89,12 +92,12 @@ class Scenarios:
             self.left_out(3)
             self.fewer_samples_than_ranks()
 
-    def resume(self, stage: int):
+    def resume(self, stage: int, dtype: str = "float32"):
         """Three steps in one go, and two, a checkpoint, a new learner, and the third."""
-        config = replace(TRAIN, zero_stage=stage)
+        config, name = replace(TRAIN, zero_stage=stage, dtype=dtype), f"{stage}" if dtype == "float32" else f"{stage}_{dtype}"
         straight = self.learner(config)
         history = [straight.train_step(samples(seed)) for seed in (1, 2)]
-        folder = self.folder / f"checkpoint{stage}_{self.world_size}"
+        folder = self.folder / f"checkpoint{name}_{self.world_size}"
         straight.save(str(folder))
         straight.export(str(folder) + "_export")
         history.append(straight.train_step(samples(3)))
@@ -102,16 +105,31 @@ class Scenarios:
         resumed.load(str(folder))
         again = resumed.train_step(samples(3))
         same = all(history[-1][key] == again[key] for key in ("loss", "grad_norm", "lr", "kl", "entropy"))
-        self.results[f"resume{stage}"] = {
+        self.results[f"resume{name}"] = {
             "metrics equal": same, "weights equal": self.digest(straight) == self.digest(resumed), "moved": history[-1]["kl"] > 0,
-            "grad_norms": [m["grad_norm"] for m in history], "lrs": [m["lr"] for m in history], "last loss": history[-1]["loss"],
+            "grad_norms": [m["grad_norm"] for m in history], "lrs": [m["lr"] for m in history], "losses": [m["loss"] for m in history],
         }
-        if stage == 2:
+        if name == "2":
             other = replace(config, zero_stage=0)
             try:
                 self.learner(other).load(str(folder))
             except Exception as error:
                 self.results["other stage"] = f"{type(error).__name__}: {error}"
+
+    def renewed(self, stage: int):
+        """Five steps with a reference that is renewed after the second and the fourth; the fourth and fifth again from a checkpoint of the third."""
+        config, folder = replace(RENEWED, zero_stage=stage), self.folder / f"renewed{stage}_{self.world_size}"
+        learner = self.learner(config)
+        metrics = [learner.train_step(samples(seed)) for seed in (1, 2, 3)]
+        learner.save(str(folder))
+        metrics += [learner.train_step(samples(seed)) for seed in (4, 5)]
+        resumed = self.learner(config)
+        resumed.load(str(folder))
+        again = [resumed.train_step(samples(seed)) for seed in (4, 5)]
+        self.results["renewed"] = {
+            "kls": [m["kl"] for m in metrics], "norms": [m["grad_norm"] for m in metrics],
+            "resumed": [m["kl"] for m in again] == [m["kl"] for m in metrics[3:]] and self.digest(resumed) == self.digest(learner),
+        }
 
     def elsewhere(self):
         """The third step of `resume`, from the checkpoint that the other number of ranks wrote."""
@@ -125,6 +143,9 @@ class Scenarios:
         if self.world_size == 1:
             learner = self.learner(replace(ADAPTERS, zero_stage=3))
             learner.load(str(self.folder / "adapters3_2"))
+            renewed = self.learner(replace(RENEWED, zero_stage=3))
+            renewed.load(str(self.folder / "renewed3_2"))
+            self.results["renewed elsewhere"] = renewed.train_step(samples(4))["kl"]
             self.results["adapters elsewhere"] = learner.train_step(samples(3))["loss"]
 
     def left_out(self, stage: int):

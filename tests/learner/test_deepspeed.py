@@ -20,8 +20,8 @@ import pytest
 import torch
 from tiny_learner import BANNED, plain_logprobs, random_samples, save_policy
 
-from learner.checkpoint import CheckpointError, export_checkpoint
-from learner.config import LearnerConfig
+from learner.checkpoint import CheckpointError, _trained_weights, export_checkpoint
+from learner.config import LearnerConfig, check_config
 from learner.engine import interface_to
 from learner.policy import block_of
 
@@ -108,13 +108,25 @@ def test_resume_is_bit_equal(results, rank, stage):
     assert "zero_stage = 2, this run has 0" in results["1_0"]["other stage"]
 
 
+@pytest.mark.parametrize("rank,stage", [("1_0", 2), ("2_0", 3)])
+def test_bfloat16(folder, results, rank, stage):
+    """Steps are those of float32 but for the rounding, resume is bit-equal, and weights are kept in float32 between steps, where small steps add up."""
+    found, exact = results[rank][f"resume{stage}_bfloat16"], results[rank][f"resume{stage}"]
+    assert found["metrics equal"] and found["weights equal"] and found["moved"]
+    assert found["losses"] == pytest.approx(exact["losses"], abs=0.02) and found["losses"] != exact["losses"]
+    assert found["grad_norms"] == pytest.approx(exact["grad_norms"], rel=0.05)
+    trained = _trained_weights(folder / f"checkpoint{stage}_bfloat16_{rank[0]}", stage)
+    assert all(weight.dtype == torch.float32 for weight in trained.values())
+    assert any((weight != weight.bfloat16().float()).any() for weight in trained.values())
+
+
 @pytest.mark.parametrize("before, now, stage", [(1, 2, 0), (1, 2, 2), (2, 1, 2), (2, 1, 3)])
 def test_another_number_of_ranks_goes_on(folder, results, before, now, stage):
     """Weights, AdamW's moments and counters: the next step is the one that the ranks before would have made."""
     there = results[f"{before}_0"][f"resume{stage}"]
     here = json.loads((folder / f"elsewhere_{now}_0.json").read_text())[f"elsewhere{stage}"]
     assert here["steps"] == 3 and here["lr"] == there["lrs"][-1]
-    assert here["loss"] == pytest.approx(there["last loss"], abs=1e-5) and here["grad_norm"] == pytest.approx(there["grad_norms"][-1], rel=1e-4)
+    assert here["loss"] == pytest.approx(there["losses"][-1], abs=1e-5) and here["grad_norm"] == pytest.approx(there["grad_norms"][-1], rel=1e-4)
     if stage == 3:
         adapters = json.loads((folder / "elsewhere_1_0.json").read_text())["adapters elsewhere"]
         assert adapters == pytest.approx(results["2_0"]["adapters"]["losses"][-1], abs=1e-5)
@@ -154,6 +166,24 @@ def test_all_but_the_defaults_on_one_and_two_ranks(results):
     assert one["numbers"] == pytest.approx(two["numbers"], rel=1e-4, abs=1e-6) and one["kl"] == pytest.approx(two["kl"], rel=1e-3)
     assert one["kl error"] < 1e-5 and abs(one["kl"]) > 1e-3, "k1 is how far log-probs have moved from the reference, where training began"
     assert one["masked"] == 3 and not one["kl in the loss"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_reference_is_renewed(folder, results, ranks):
+    """After the second and the fourth step it is the policy: the KL of the third and fifth is 0 before they change it."""
+    found = results[f"{ranks}_0"]["renewed"]
+    first, second, third, fourth, fifth = found["kls"]
+    assert first == third == fifth == 0.0 and second > 1e-6 and fourth > 1e-6
+    assert found["kls"] == pytest.approx(results["1_0"]["renewed"]["kls"], rel=1e-3) and found["norms"] == pytest.approx(results["1_0"]["renewed"]["norms"], rel=1e-4)
+    assert found["resumed"], "a checkpoint holds the reference too"
+    if ranks == 2:
+        assert json.loads((folder / "elsewhere_1_0.json").read_text())["renewed elsewhere"] == pytest.approx(fourth, rel=1e-3)
+
+
+def test_a_reference_that_cannot_be_renewed_is_refused():
+    for settings, reason in (({"kl_coef": 0.0}, "loads none"), ({"lora_rank": 4}, "with adapters")):
+        with pytest.raises(ValueError, match=f"reference_every = 5.*{reason}.*use 0"):
+            check_config(LearnerConfig(reference_every=5, **settings))
 
 
 ADAPTED = [f"{block}.weight" for block in sorted(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from examples.own_videos import SPLITS, write_own_videos
 from rollout.check_data import problems
-from rollout.episodes import read_episodes
+from rollout.episodes import DataError, read_episodes
 from rollout.importers.driver import BENCHMARKS, import_data
 from rollout.importers.item import SourceError
 from rollout.importers.reasonseg import paint
@@ -426,8 +426,29 @@ def test_a_broken_video_file_is_skipped(tmp_path):
     assert skipped(reports["train"]) == {"unreadable video": 2} and reports["train"]["episodes"] == 0
 
 
+def test_numbered_masks_with_void_and_a_change_that_is_noticed(tmp_path):
+    """255 beside numbers is neither an object nor background; a second import sees that a mask is another one."""
+    values = np.zeros((96, 128), np.uint8)
+    values[10:20, 30:50], values[40:60, 70:80], values[60:70, 70:80] = 1, 2, 255
+    only_void = np.where(values == 255, values, 0)
+    for t, of_frame in enumerate((values, only_void)):
+        Image.fromarray(np.full((96, 128, 3), 40 * t, np.uint8)).save((tmp_path / "clip").mkdir(exist_ok=True) or tmp_path / f"clip/{t:05d}.png")
+        miniatures.write_png(tmp_path / f"masks/{t:05d}.png", of_frame)
+    (tmp_path / "queries.csv").write_text("video,query,masks,objects\nclip,all,masks,\nclip,the second,masks,2\nclip,a <|image_pad|>,masks,1\n")
+    found, reports = imported("own", tmp_path, tmp_path / "out")
+    every, second = found["train"].values()
+    assert skipped(reports["train"]) == {"query with a media token": 1} and every.annotated_frames == (0, 1)
+    assert np.array_equal(every.masks(0)[0], np.isin(values, (1, 2))) and np.array_equal(second.masks(0)[0], values == 2) and not len(every.masks(1))
+    assert all(np.array_equal(every.ignored(t), values == 255) for t in (0, 1))
+    miniatures.write_png(tmp_path / "masks/00000.png", only_void)
+    with pytest.raises(DataError, match="annotation_sha256"):
+        imported("own", tmp_path, tmp_path / "out")
+
+
 def test_the_example_of_own_videos(tmp_path):
     write_own_videos(tmp_path / "mine")
+    with pytest.raises(SystemExit, match="mine exists already"):
+        write_own_videos(tmp_path / "mine")
     found, reports = imported("own", tmp_path / "mine", tmp_path / "out")
     assert {split: (r["items"], r["skipped"]) for split, r in reports.items()} == {"train": (2, 0), "valid": (1, 0)}
     for seed, (name, split) in enumerate(SPLITS.items(), 500):
