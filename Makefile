@@ -7,13 +7,13 @@ BUILD := $(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu)
 LOCK := requirements/$(BUILD).lock
 STACKS := requirements/stacks.txt
 
-.PHONY: train test test-long setup lock clean
+.PHONY: train test test-long setup browser lock clean
 
 train: setup
 	$(BIN)/videoseg train
 
 # Two files at a time (for two cores and 24 GiB), in their order: long ones come early.
-test: setup
+test: setup browser
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: setup
@@ -28,6 +28,12 @@ $(VENV)/.ready-$(BUILD): $(LOCK) $(STACKS) setup.cfg
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode --target $(VENV)/stacks -r $(STACKS)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
+
+# The report's page is tested in a real browser; where none can be installed, those tests are left out, and say so.
+browser:
+	@command -v chromium chromium-browser google-chrome > /dev/null || ( test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
+		( apt-get install -qq -y --no-install-recommends chromium || ( apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium ) ) > /dev/null ) || \
+		echo "no Chromium: the report's page is not tested (install chromium)"
 
 # The lock files: exact versions, no host names. Run after a change of requirements/*.in.
 lock: setup

@@ -140,6 +140,17 @@ def status(options: argparse.Namespace) -> None:
     print(json.dumps(found, indent=1) if options.json else "\n".join(status.lines(found)))
 
 
+def report(options: argparse.Namespace) -> None:
+    """Write a run as one HTML page: curves, rollouts, timeline, settings; or two runs' curves."""
+    from cluster import report as reporting
+    from cluster import run_folder
+
+    folder = run_folder.find(options.run)
+    against = run_folder.find(options.against) if options.against else None
+    note = lambda text: print(text, file=sys.stderr, flush=True)
+    print(reporting.write_report(folder, Path(options.out or folder.path / reporting.FILE), against, options.megabytes, options.groups, note))
+
+
 def export(options: argparse.Namespace) -> None:
     """Write a run's policy as a Hugging Face folder, which transformers and vLLM load."""
     from cluster import checkpoints, config, policies, run_folder
@@ -294,6 +305,14 @@ def _parser() -> argparse.ArgumentParser:
     command = add_command(commands, "status", status, "videoseg status runs/latest", rule)
     command.add_argument("run", metavar="RUN", help="run folder, or its name below runs/ (also: latest)")
     command.add_argument("--json", action="store_true", help="print it as JSON")
+
+    rule = "The page needs neither a network nor the run's folder. It may be written while the run goes on. docs/report.md"
+    command = add_command(commands, "report", report, "videoseg report runs/latest --against runs/earlier", rule)
+    command.add_argument("run", metavar="RUN", help="run folder, or its name below runs/ (also: latest)")
+    command.add_argument("--against", metavar="RUN2", help="another run, whose curves are drawn beside")
+    command.add_argument("--out", metavar="FILE", help="file to write (default: RUN/report.html)")
+    command.add_argument("--groups", type=int, default=300, metavar="N", help="at most so many groups of rollouts, evenly over the steps (default 300)")
+    command.add_argument("--megabytes", type=float, default=20.0, metavar="MB", help="largest page; rollouts fill what is left (default 20)")
 
     rule = "Needs neither a GPU nor the ranks that trained it. Adapters are merged."
     command = add_command(commands, "export", export, "videoseg export runs/latest models/my-policy", rule)

@@ -3,7 +3,7 @@
 Names (a `*` stands for a term, stage, class or service):
 
     reward/mean reward/std reward/term/*                 iou/box iou/mask iou/video
-    length/response length/reasoning length/truncated_fraction
+    length/response length/response/{easy,medium,hard} length/reasoning length/truncated_fraction
     length/factor length/factor/{easy,medium,hard} length/penalised_fraction
     difficulty/mean difficulty/success_rate              length/uncertainty
     answers/invalid_fraction                             groups/zero_variance_fraction groups/used groups/dropped
@@ -92,6 +92,7 @@ def completion_metrics(completions: Sequence[ScoredCompletion]) -> dict[str, flo
     mean("length/penalised_fraction", [c.length_factor < 1 for c in scored])
     for difficulty in sorted({c.difficulty_class for c in scored if c.difficulty_class}):
         mean(f"length/factor/{difficulty}", [c.length_factor for c in scored if c.difficulty_class == difficulty])
+        mean(f"length/response/{difficulty}", [c.response_tokens for c in scored if c.difficulty_class == difficulty])
     mean("difficulty/mean", [c.difficulty for c in scored if c.difficulty is not None])
     mean("difficulty/success_rate", [c.success_rate for c in scored if c.success_rate is not None])
     mean("length/uncertainty", [c.uncertainty for c in scored if c.uncertainty is not None])
