@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import learner.config
 from cluster.config_check import Problem, named_key
+from cluster.sinks import PACKAGES, not_installed
 
 if TYPE_CHECKING:
     from cluster.config import RunConfig
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 # Settings that do not change what is learned from the steps already made. A name ending in a dot stands for its section.
 _MAY_CHANGE = (
+    "run.sinks",
     "loop.steps",
     "loop.save_every",
     "loop.keep_checkpoints",
@@ -214,6 +216,8 @@ def hardware_problems(config: RunConfig, hardware: Hardware, installed_build: st
         f"is {config.cluster.build}, but the {installed_build} build of vLLM is installed",
         f"run `make setup` on this machine, or set cluster.device={installed_build}",
     )
+    missing = not_installed(config.run.sinks) if installed_build is not None else []
+    refuse(bool(missing), "run.sinks", f"has {', '.join(missing)}, which is not installed", f"pip install {' '.join(PACKAGES[m] for m in missing)}, or leave it out")
     if cuda and gpus:
         c = config.cluster
         shares = config.learner.ranks * c.gpus_per_learner

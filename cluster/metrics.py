@@ -35,6 +35,7 @@ import numpy as np
 from cluster.checkpoints import replace_text
 from cluster.errors import DataError
 from cluster.ledger import Final
+from cluster.sinks import Sink
 
 
 @dataclass(frozen=True)
@@ -166,23 +167,18 @@ class StageTimes:
 
 
 class MetricsWriter:
-    """Writes `metrics.jsonl`, one object a step, and TensorBoard events.
+    """Writes `metrics.jsonl`, one object a step, and hands the finite numbers on to `sinks`.
 
     Each line is on disk when `write` returns. A value that is not finite is written as null (JSON has no NaN) and counted
     under `nonfinite_values`. With `resume_step`, lines of later steps are dropped first, as that step's successor is run again.
     """
 
-    def __init__(self, run_folder: str | Path, resume_step: int | None = None, tensorboard: bool = True) -> None:
+    def __init__(self, run_folder: str | Path, resume_step: int | None = None, sinks: Sink | None = None) -> None:
         self.path = Path(run_folder) / "metrics.jsonl"
         if resume_step is not None and self.path.exists():
             drop_after(self.path, resume_step)
         self._file = open(self.path, "a", encoding="utf-8")
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # imports torch
-
-            purge = None if resume_step is None else resume_step + 1
-            self._board = SummaryWriter(str(Path(run_folder) / "tensorboard"), purge_step=purge)
+        self._sinks = sinks
 
     def write(self, step: int, values: Mapping[str, float]) -> dict[str, Any]:
         """Write one step; returns the object as written."""
@@ -194,16 +190,14 @@ class MetricsWriter:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        if self._board is not None:
-            for name, value in finite.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
+        if self._sinks is not None:
+            self._sinks.write(step, finite)
         return record
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._sinks is not None:
+            self._sinks.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

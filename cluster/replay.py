@@ -10,7 +10,7 @@ import asyncio
 import math
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from cluster.ray_cluster import joined_cluster
 from cluster.rollout_log import RolloutRow, read_rollouts, rollout_files
 from cluster.rollout_rows import learner_metrics
 from cluster.run_folder import RunFolder
+from cluster.sinks import Sinks
 from cluster.update import update
 
 
@@ -74,7 +75,7 @@ async def _replay(
         if start is not None:
             await gather([learner.load.remote(str(start.path.absolute() / "learner")) for learner in actors.learners])
         folder.create(config)
-        with Progress(first + len(files), first) as progress, MetricsWriter(folder.path) as metrics:
+        with Progress(first + len(files), first) as progress, MetricsWriter(folder.path, None, Sinks(config.run.sinks, folder.path, asdict(config), print)) as metrics:
             for step, file in enumerate(files, first + 1):
                 progress.stage(f"train on {file}")
                 groups = scored_groups(read_rollouts(file), file)

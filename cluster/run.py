@@ -10,7 +10,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ from cluster.replicas import LOST, Replicas, described
 from cluster.rollout_rows import rollout_rows
 from cluster.run_folder import RunFolder
 from cluster.scoring import ScoredGroup, score_group
+from cluster.sinks import Sinks
 from cluster.timeline import FILE as TRACE
 from cluster.timeline import Timeline
 from cluster.weight_sync import OBJECT_STORE, connect, sync_weights
@@ -102,7 +103,7 @@ class Run:
                 await gather([learner.load.remote(str(checkpoint.path.absolute() / "learner")) for learner in actors.learners])
             since = checkpoint.step if checkpoint else -1  # -1: from the very beginning, also where a run was lost before its first checkpoint
             rollout_log.drop_after(folder.rollouts, since)
-            metrics = MetricsWriter(folder.path, resume_step=since)
+            metrics = MetricsWriter(folder.path, since, Sinks(config.run.sinks, folder.path, asdict(config), progress.note, since))
             run = cls(config, folder, actors, draws, held_out, metrics, progress, ours, began_from)
             run.ledger.roll_back(since, checkpoint.manifest if checkpoint else {"position": 0})
             if config.difficulty.is_online:

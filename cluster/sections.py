@@ -7,6 +7,7 @@ from typing import Optional
 
 KEEP_BEST = ("reward/mean", "iou/box", "iou/mask", "iou/video", "sft/loss")
 TASKS = ("rl", "sft")
+SINKS = ("tensorboard", "prometheus", "wandb", "mlflow")
 CONTROLS = ("none", "shuffled_queries", "blank_frames")
 
 
@@ -18,6 +19,10 @@ class RunSection:
     )
     name: str = field(default="auto", metadata={"help": "Name of the run's folder; auto: recipe, date and time."})
     dir: str = field(default="runs", metadata={"help": "Folder that holds the runs, relative to the current folder."})
+    sinks: list[str] = field(
+        default_factory=lambda: ["tensorboard", "prometheus"],
+        metadata={"help": "Where numbers go besides metrics.jsonl; wandb and mlflow read their own environment variables (WANDB_PROJECT, MLFLOW_TRACKING_URI).", "choices": SINKS},
+    )
     recipe: str = field(default="auto", metadata={"help": "Where the settings came from; auto: the recipe's file name."})
     seed: int = field(
         default=0, metadata={"help": "Seed of everything random: order of episodes, target frames, sampling.", "min": 0, "max": 2**31 - 1}

@@ -98,7 +98,7 @@ def test_stage_times_nest_and_add_up():
 
 
 def test_writer_writes_strict_json_and_counts_what_is_not_finite(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"a": 1, "b": math.nan, "c": -math.inf})
         # On disk before close: read by another handle now.
         line = (tmp_path / "metrics.jsonl").read_text().splitlines()[0]
@@ -108,14 +108,14 @@ def test_writer_writes_strict_json_and_counts_what_is_not_finite(tmp_path):
 
 
 def test_resume_drops_later_steps_and_a_cut_line(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for step in range(1, 6):
             writer.write(step, {"a": step})
     path = tmp_path / "metrics.jsonl"
     with open(path, "a") as file:
         file.write('{"step": 6, "a"')  # the process died here
     assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4, 5]
-    with MetricsWriter(tmp_path, resume_step=3, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, resume_step=3) as writer:
         writer.write(4, {"a": 40})
     assert [(r["step"], r["a"]) for r in read_metrics(path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
     assert drop_after(path, 0) == 4 and path.read_text() == ""
@@ -126,19 +126,6 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path):
     path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2"):
         read_metrics(path)
-
-
-def test_tensorboard_events_are_written_and_purged_on_resume(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with MetricsWriter(tmp_path) as writer:
-        for step in (1, 2, 3):
-            writer.write(step, {"reward/mean": float(step), "bad": math.nan})
-    with MetricsWriter(tmp_path, resume_step=2) as writer:
-        writer.write(3, {"reward/mean": 30.0})
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-    assert events.Tags()["scalars"] == ["reward/mean"]
 
 
 def test_plain_progress_prints_one_line_a_step():

@@ -64,7 +64,7 @@ def made(place, name, episodes, tokenizer, steps=STEPS, **options):
     folder = run_folder.plan(place, name, "debug")
     folder.create(config.load("debug", [f"policy.path={TOY / 'policy'}", f"loop.steps={steps}"]), {"cores": 2, "ram_gib": 24.0, "cuda_devices": 0}, ["videoseg", "train"])
     line = Timeline(folder.path / "trace.json")
-    with MetricsWriter(folder.path, tensorboard=False) as metrics:
+    with MetricsWriter(folder.path) as metrics:
         metrics.write(0, {"eval/reward/mean": 4.0, "eval/iou/box/hard": 0.25})
         for step in range(1, steps + 1):
             with line.span("loop", "rollout", version=step - 1), line.span("engine 0", "generate", group=step):

@@ -25,7 +25,7 @@ def run(tmp_path):
 
 
 def write(folder, steps, **values):
-    with MetricsWriter(folder.path, tensorboard=False) as metrics:
+    with MetricsWriter(folder.path) as metrics:
         for step in steps:
             metrics.write(step, {"reward/mean": 5.0 + step, "seconds/step": 30.0, "mismatch/kl": 0.0, "failures/scoring": 0.0, **values})
 
@@ -78,7 +78,7 @@ def test_finished_is_the_last_step_with_its_checkpoint_and_evaluation(run):
     assert at(run, 1)["state"] == "alive"
     save(run, 20)
     assert at(run, 1)["state"] == "alive"  # eval.ends: its last evaluation is still to come
-    with MetricsWriter(run.path, tensorboard=False) as metrics:
+    with MetricsWriter(run.path) as metrics:
         metrics.write(20, {"eval/iou/box": 0.5, "eval/reward/mean": 6.0})
     found = at(run, 10**6)
     assert found["state"] == "finished" and "held-out, after step 20: reward 6  box IoU 0.5" in "\n".join(status.lines(found))
