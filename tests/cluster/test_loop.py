@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from cluster import checkpoints, cli, config, config_resolve, ledger, rollout_log, run_folder, timeline
 from cluster.metrics import read_metrics
 from cluster.policies import find_policy
-from tests.conftest import TOY
+from tests.conftest import ROOT, TOY
 
 SMALL = [
     f"policy.path={TOY / 'policy'}",
@@ -106,6 +107,13 @@ def test_saved_rollouts_repeat_what_was_learned_without_engines(run, tmp_path, c
     start = load_file(TOY / "policy" / "model.safetensors")
     assert weights["run"].keys() == start.keys() and any(not torch.equal(weights["run"][n], start[n]) for n in start)
     assert all(torch.equal(weights["run"][n], weights["again"][n]) for n in start)
+
+
+def test_every_panel_of_the_dashboard_has_a_number_of_a_run(run):
+    told = {re.sub(r"\W", "_", name) for record in read_metrics(run.metrics) for name in record}
+    for panel in json.loads((ROOT / "examples/cluster/grafana.json").read_text())["panels"]:
+        asked = {re.fullmatch(r'ray_videoseg_(\w+)\{run=~"\$run"\}', target["expr"])[1] for target in panel["targets"]}
+        assert asked & told, panel["title"]
 
 
 def test_a_run_its_checkpoints_and_its_exports_can_be_asked(run, tmp_path, monkeypatch):

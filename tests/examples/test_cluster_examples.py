@@ -23,7 +23,7 @@ JOB = {
 
 
 def test_every_example_is_looked_at_here():
-    assert {f.name for f in EXAMPLES.iterdir()} == {"node.sh", "slurm.sh", "ray-up.yaml", "kuberay.yaml", "kuberay-job.yaml"}
+    assert {f.name for f in EXAMPLES.iterdir()} == {"node.sh", "slurm.sh", "ray-up.yaml", "kuberay.yaml", "kuberay-job.yaml", "grafana.json"}
 
 
 @pytest.mark.parametrize("name", ["node.sh", "slurm.sh"])
