@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError
@@ -18,6 +18,7 @@ from rollout.engine import EngineBroken
 from cluster.errors import PartLost, RunFailed
 from cluster.timeline import Timeline
 
+T = TypeVar("T")
 LOST = (RayActorError, EngineBroken, asyncio.TimeoutError)
 
 
@@ -41,7 +42,7 @@ class Replicas:
         self.what, self.actors, self.kill, self.start, self.join = what, actors, kill, start, join
         self.seconds, self.restarts, self.note, self.losses = seconds, restarts, note, 0
         self.timeline = timeline
-        self.down: dict[int, asyncio.Task[None]] = {}
+        self.down: dict[int, asyncio.Task[Any]] = {}
         self._heard: dict[Any, float] = {}  # when a call ended last, by actor
 
     @property
@@ -61,13 +62,28 @@ class Replicas:
                 last = error
         raise PartLost(f"{method} lost {tries} {self.what}s one after another, last: {described(last, self.seconds)}") from last
 
-    async def renew(self, error: BaseException) -> None:
-        """Kills those that are up and starts others, which `join` does not get."""
+    async def renew(self, error: BaseException, join: Callable[[list[Any]], Awaitable[T]]) -> T:
+        """Kills those that are up and starts others, which serve no call before `join`, in place of the usual one, is done with all of them. Where
+        one is lost in it, once more. Returns what `join` returns."""
         places = [number for number in range(len(self.actors)) if number not in self.down]
-        for place in places:
-            self._count(place, self.actors[place], error)
-        for place, actor in zip(places, await asyncio.gather(*(self.start(place) for place in places))):
-            self.actors[place] = actor
+        renewal = asyncio.ensure_future(self._renewed(places, error, join))
+        self.down |= dict.fromkeys(places, renewal)  # so that a call which meets a killed one does not start another in its place
+        return await renewal
+
+    async def _renewed(self, places: list[int], error: BaseException, join: Callable[[list[Any]], Awaitable[T]]) -> T:
+        while True:
+            for place in places:
+                self._count(place, self.actors[place], error)
+            for place, actor in zip(places, await asyncio.gather(*(self.start(place) for place in places))):
+                self.actors[place] = actor
+            try:
+                result = await join([self.actors[place] for place in places])
+            except LOST as again:
+                error = again
+                continue
+            for place in places:
+                del self.down[place]
+            return result
 
     def close(self) -> None:
         for task in self.down.values():

@@ -201,8 +201,7 @@ class Run:
         try:
             return await self._send_weights(self.engines.up, version)
         except LOST as error:
-            await self.engines.renew(error)
-            return await self._send_weights(self.engines.up, version)
+            return await self.engines.renew(error, lambda engines: self._send_weights(engines, version))
 
     async def _send_weights(self, engines: Sequence[Any], version: int) -> dict[str, float]:
         try:

@@ -187,7 +187,39 @@ def test_renewed_ones_are_others(ray_session):
     async def scene():
         async with Started(count=2) as s:
             before = {await s.replicas.call(n, "pid") for n in (0, 1)}
-            await s.replicas.renew(EngineBroken("half-loaded"))
-            assert not before & {await s.replicas.call(n, "pid") for n in (0, 1)} and not s.joined and len(s.notes) == 2
+            sent = await s.replicas.renew(EngineBroken("half-loaded"), lambda workers: asyncio.gather(*(w.add.remote(1, 2) for w in workers)))
+            assert sent == [3, 3] and not before & {await s.replicas.call(n, "pid") for n in (0, 1)} and not s.joined and len(s.notes) == 2
+
+    asyncio.run(scene())
+
+
+def test_a_call_meets_renewed_ones_when_they_are_joined_and_starts_none_itself(ray_session):
+    """Calls that were under way when all were killed, and one that comes meanwhile. The first join loses one: all are renewed again."""
+
+    async def scene():
+        async with Started(count=2, restarts=9) as s:
+            started, joins, start = [], [], s.replicas.start
+
+            async def slowly(number):
+                started.append(number)
+                await asyncio.sleep(1.0)
+                return await start(number)
+
+            async def join(workers):
+                joins.append({await w.pid.remote() for w in workers})
+                await asyncio.sleep(1.0)
+                assert not asked[0].done() and not meanwhile.done()
+                if len(joins) == 1:
+                    raise EngineBroken("half-loaded")
+                return "sent"
+
+            s.replicas.start = slowly
+            asked = [asyncio.ensure_future(s.replicas.call(n, "stay", 2.0)) for n in (0, 1, 0, 1)]
+            await asyncio.sleep(0.5)
+            renewing = asyncio.ensure_future(s.replicas.renew(EngineBroken("half-loaded"), join))
+            await asyncio.sleep(0.5)
+            meanwhile = asyncio.ensure_future(s.replicas.call(0, "pid"))
+            assert await renewing == "sent" and started == [0, 1, 0, 1] and len(joins) == 2 and not joins[0] & joins[1]
+            assert {await meanwhile, *await asyncio.gather(*asked)} == joins[1] and len(s.notes) == 4 and not s.joined
 
     asyncio.run(scene())
