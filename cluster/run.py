@@ -223,8 +223,12 @@ class Run:
             await self._send_weights([engine], self.step)
 
     async def _started(self, role: str, number: int) -> Any:
-        actor = self.actors.new(role, number)
-        await asyncio.wait_for(gather([actor.ready.remote()]), self.config.cluster.start_seconds)
+        actor, limit = self.actors.new(role, number), self.config.cluster.start_seconds
+        try:
+            await asyncio.wait_for(gather([actor.ready.remote()]), limit)
+        except asyncio.TimeoutError as error:
+            self.actors.kill(actor)
+            raise RunFailed(f"{role} {number} was not ready within cluster.start_seconds = {limit:g}", f"look into its log, then `videoseg resume {self.folder.path}`") from error
         await self.actors.find_processes([actor])
         return actor
 
