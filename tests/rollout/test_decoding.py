@@ -1,6 +1,7 @@
 """The pool of decoders: the right frames, in bounded memory, and videos that hang, crash or leak stopped at one process."""
 
 import contextlib
+import gc
 import os
 import random
 import subprocess
@@ -199,6 +200,7 @@ def test_random_reading_leaks_nothing(videos, decoders):
         for _ in range(times):
             path, i = order.choice(videos), order.randrange(FRAMES)
             np.testing.assert_array_equal(pool.frames(path, [i]).result().by_number[i], here[path].frame(i))
+        gc.collect()  # what other tests left open here is not closed meanwhile
         return [(p.num_fds(), files(p), p.memory_info().rss) for p in (psutil.Process(), *running())]
 
     read(100)
