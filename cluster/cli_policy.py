@@ -93,8 +93,8 @@ def evaluate(options: argparse.Namespace) -> None:
     if (checkpoint is None) == (options.predictions is None):
         what = "neither a CHECKPOINT nor --predictions is" if checkpoint is None else "both a CHECKPOINT and --predictions are"
         raise UserError(f"{what} given", "give the policy to evaluate, or the folder of predictions to score")
-    policys = {"--oracle": options.oracle, "--config": options.config, "--sampler": options.sampler != "middle", "key=value": settings}
-    if options.predictions and (unused := [name for name, given in policys.items() if given]):
+    for_a_policy = {"--oracle": options.oracle, "--config": options.config, "--sampler": options.sampler != "middle", "key=value": settings}
+    if options.predictions and (unused := [name for name, given in for_a_policy.items() if given]):
         raise UserError(f"{', '.join(unused)}: --predictions are scored as they are, and no policy is asked", "leave out one or the other")
     note = lambda text: print(text, file=sys.stderr, flush=True)
     episodes, out = list(read_episodes(options.data)), Path(options.out)

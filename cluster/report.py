@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def _run(folder: RunFolder) -> dict[str, Any]:
     config = folder.config.read_text(encoding="utf-8")
     resumes = folder.path / "resumes.jsonl"
     return {
-        "name": folder.name, "records": records, "steps": max(r["step"] for r in records), "state": status.look(folder, records[-1]["time"])["state"],
+        "name": folder.name, "records": records, "steps": max(r["step"] for r in records), "state": status.look(folder, time.time())["state"],
         "config": config, "environment": json.loads(folder.environment.read_text(encoding="utf-8")),
         "resumes": [json.loads(line) for line in resumes.read_text(encoding="utf-8").splitlines()] if resumes.exists() else [],
     }

@@ -6,6 +6,8 @@ import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Optional
 
+from reward_service.own_terms import OwnTerm
+
 FORMULAS = ("videoseg_r1", "seg_zero", "vision_reasoner", "pixelthink", "veason_r1", "revseg")
 
 # Where defaults come from; named in each field's metadata and in docs/rewards.md.
@@ -82,6 +84,9 @@ class RewardConfig:
     formula: str = option("videoseg_r1", "whose rules apply; usually set by a preset", PAPER, choices=FORMULAS)
     weights: TermWeights = field(default_factory=TermWeights, metadata={"help": "one weight a term"})
     length: LengthConfig = field(default_factory=LengthConfig, metadata={"help": "soft length penalty"})
+    own_terms: list[OwnTerm] = field(
+        default_factory=list, metadata={"help": "terms of your own besides: [{function: package.module:name, weight: 1}], each (answer, target) -> 0..1", "source": OURS}
+    )
 
     iou_threshold: float = option(0.5, "an IoU counts above this, strictly", VISION_REASONER, min=0.0, max=1.0)
     box_l1_threshold: float = option(10.0, "a box counts when its mean corner distance is below this", VISION_REASONER, min=0.0)
@@ -128,6 +133,10 @@ class RewardConfig:
                 f"reward.length.hard_from={self.length.hard_from} is below easy_below={self.length.easy_below}; raise it"
             )
         _check_known(self, _preset_module(self.formula))
+        names = [term.name for term in self.own_terms]
+        taken = {f.name for f in fields(TermWeights)} | {"original", "length_penalty"}
+        if clash := [name for name in names if name in taken or names.count(name) > 1]:
+            raise ValueError(f"reward.own_terms: {clash[0]} is the name of another term; rename the function")
 
     @classmethod
     def preset(cls, name: str) -> "RewardConfig":
@@ -210,7 +219,7 @@ def _check_known(config, module):
             known = ", ".join(module.MAXIMA)
             raise ValueError(f"reward.weights.{f.name}: formula {config.formula!r} has no such term; it has {known}")
     for f in fields(RewardConfig):
-        if module.SETTINGS is None or f.name in ("formula", "weights", "length", *module.SETTINGS):
+        if module.SETTINGS is None or f.name in ("formula", "weights", "length", "own_terms", *module.SETTINGS):
             continue
         if getattr(config, f.name) != f.default:
             value = getattr(config, f.name)

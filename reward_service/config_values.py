@@ -27,6 +27,8 @@ def _replaced(config: Any, values: Mapping[str, Any], path: str) -> Any:
     for key, value in values.items():
         if key not in known:
             raise ValueError(f"{path}.{str(key)[:80]}: unknown key; {nearest(str(key)[:80], known)}")
+        if key == "own_terms":
+            raise ValueError(f"{path}.own_terms names code to run, which a request may not; set it where the service is started")
         if is_dataclass(known[key]):
             if not isinstance(value, Mapping):
                 raise ValueError(f"{path}.{key} has settings of its own ({', '.join(f.name for f in fields(known[key]))}); got {str(value)[:80]!r}")

@@ -104,6 +104,10 @@ def score_group(
             terms[name] = row[name]
             terms[weighted_name] = weight * row[name]
             original += terms[weighted_name]
+        for own in config.own_terms:
+            terms[own.name] = own(answer, target)
+            terms[f"weighted_{own.name}"] = own.weight * terms[own.name]
+            original += terms[f"weighted_{own.name}"]
         terms["original"] = original
         terms["length_penalty"] = s
         out.append(Score(original * s, terms, answer, True, diagnostics))
@@ -129,4 +133,5 @@ def _length_penalties(answers, config, difficulty, uncertainties, lengths) -> li
 def maximum(config: Optional[RewardConfig] = None) -> float:
     """The largest total a configuration can give."""
     config = RewardConfig() if config is None else config
-    return sum(getattr(config.weights, name) * most for name, most in _FORMULAS[config.formula].MAXIMA.items())
+    own = sum(term.weight for term in config.own_terms)
+    return own + sum(getattr(config.weights, name) * most for name, most in _FORMULAS[config.formula].MAXIMA.items())

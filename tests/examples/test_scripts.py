@@ -25,6 +25,13 @@ def test_score_completions():
     assert totals == {"right": 8.0, "box too large": 6.0, "another object": 4.0, "no answer": 1.0}
 
 
+def test_own_term():
+    header, *rows = run("examples.rewards.own_term").splitlines()
+    assert header.split() == ["without", "with", "right_count"]
+    found = {row[:16].strip(): [float(x) for x in row[16:].split()] for row in rows}
+    assert found == {"right": [8.0, 8.5, 1.0], "box too large": [6.0, 6.5, 1.0], "another object": [4.0, 4.5, 1.0], "no answer": [1.0, 1.25, 0.5]}
+
+
 def test_propagate_mask(tmp_path):
     video, t = make_video(502), 5
     write_video(tmp_path / "clip.mp4", map(video.frame, range(video.num_frames)), 10)
