@@ -218,6 +218,11 @@ def hardware_problems(config: RunConfig, hardware: Hardware, installed_build: st
     )
     missing = not_installed(config.run.sinks) if installed_build is not None else []
     refuse(bool(missing), "run.sinks", f"has {', '.join(missing)}, which is not installed", f"pip install {' '.join(PACKAGES[m] for m in missing)}, or leave it out")
+    for term in config.reward.own_terms if config.run.task == "rl" else ():
+        try:
+            term.check()
+        except ValueError as error:
+            found.append(Problem("reward.own_terms", str(error), "or leave it out"))
     if cuda and gpus:
         c = config.cluster
         shares = config.learner.ranks * c.gpus_per_learner

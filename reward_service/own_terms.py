@@ -18,9 +18,9 @@ _NAME = re.compile(r"[A-Za-z_][\w.]*:([A-Za-z_]\w*)")
 
 @dataclass
 class OwnTerm:
-    """`function`: "package.module:name" of a `Term`, which gives 0..1 for every answer, however malformed; it must be importable wherever rewards are computed.
+    """`function`: "package.module:name" of a `Term`, which gives 0..1 for every answer, however malformed. It is imported where rewards are computed, and only there.
 
-    Raises ValueError where it is not.
+    Raises ValueError for another form, or a weight below 0.
     """
 
     function: str = field(metadata={"help": "package.module:name of a function (answer, target) -> 0..1; the term is called by that name."})
@@ -31,6 +31,9 @@ class OwnTerm:
             raise ValueError(f"own term {self.function!r} is not of the form package.module:function")
         if not 0.0 <= self.weight < math.inf:
             raise ValueError(f"own term {self.function}: weight {self.weight!r} must be at least 0")
+
+    def check(self) -> None:
+        """Raises ValueError where the function is not there: known before anything is scored."""
         _imported(self.function)
 
     @property
@@ -38,7 +41,7 @@ class OwnTerm:
         return self.function.rpartition(":")[2]
 
     def __call__(self, answer: Answer, target: Target) -> float:
-        """Raises ValueError where the function does not give a number from 0 to 1."""
+        """Raises ValueError where the function is not there, or does not give a number from 0 to 1."""
         value = _imported(self.function)(answer, target)
         if isinstance(value, str) or not 0.0 <= float(value) <= 1.0:
             raise ValueError(f"own term {self.function} gave {value!r}; it must be a number from 0 to 1")

@@ -60,6 +60,8 @@ def check(config: RewardServeConfig) -> None:
         least, most, value = known.metadata.get("min"), known.metadata.get("max"), getattr(config, name)
         if (least is not None and not value >= least) or (most is not None and not value <= most):
             raise ValueError(f"{name} must be {f'at least {least}' if most is None else f'between {least} and {most}'}; got {value}")
+    for term in config.reward.own_terms:
+        term.check()
     if config.segmentation is not None:
         url = urlsplit(config.segmentation)
         if url.scheme not in ("http", "https") or not url.hostname:

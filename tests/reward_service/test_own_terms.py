@@ -3,8 +3,9 @@
 import pytest
 from scored import COMPLETIONS, HEIGHT, MASKS, WIDTH
 
-from cluster import config
+from cluster import config, config_resolve
 from cluster.errors import ConfigError
+from cluster.serve_command import load_reward_settings
 from reward_service import RewardConfig, Target, maximum, score, score_group
 from reward_service.config_values import reward_config
 from reward_service.own_terms import OwnTerm
@@ -54,11 +55,19 @@ def test_it_is_added_before_the_length_penalty(preset):
         (f"{__name__}:not_a_function", "is no function"),
     ],
 )
-def test_a_function_that_is_not_there_is_said_when_the_settings_are_read(function, said):
+def test_a_function_that_is_not_there_is_said_before_anything_starts(function, said):
+    """And not to who reads the settings for another reason, such as to evaluate or export a run that was trained elsewhere."""
     with pytest.raises(ValueError, match=f"own term .*{said}"):
-        OwnTerm(function)
-    with pytest.raises(ConfigError, match="reward.own_terms"):
-        config.load("debug", [f"reward.own_terms=[{{function: '{function}'}}]"])
+        OwnTerm(function).check()
+    with pytest.raises(ConfigError, match=f"reward.own_terms.*{said}"):
+        here = config_resolve.detect_hardware()
+        config_resolve.check_hardware(config_resolve.resolve(config.load("debug", [f"reward.own_terms=[{{function: '{function}'}}]"]), here), here)
+    with pytest.raises(ConfigError, match=said):
+        load_reward_settings(None, [f"reward.own_terms=[{{function: '{function}'}}]"])
+
+
+def test_a_run_whose_term_is_elsewhere_can_be_read():
+    assert config.load("debug", ["reward.own_terms=[{function: 'no.such.module:f'}]"]).reward.own_terms[0].name == "f"
 
 
 def test_it_must_have_a_name_and_a_weight_of_its_own():
