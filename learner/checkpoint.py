@@ -40,13 +40,13 @@ def _barrier() -> None:
 
 
 @contextlib.contextmanager
-def checkpoint_folder(folder: str | Path, rank: int) -> Iterator[Path]:
+def new_folder(folder: str | Path, rank: int, what: str = "a checkpoint") -> Iterator[Path]:
     """An empty folder for all ranks to write to, which gets the name `folder` when they are done. Raises CheckpointError if there is one."""
     folder = Path(folder)
     writing = folder.with_name(folder.name + ".writing")
     if rank == 0:
         if folder.exists():
-            raise CheckpointError(f"{folder} exists already; a checkpoint is never overwritten")
+            raise CheckpointError(f"{folder} exists already; {what} is never overwritten")
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
     _barrier()
@@ -132,27 +132,20 @@ def export_policy(model: nn.Module, policy_path: str, folder: str | Path, rank: 
 
     All ranks take part (ZeRO-3 gathers); rank 0 writes and holds the whole model in CPU memory. `folder` must not exist.
     """
-    folder = Path(folder)
-    writing = folder.with_name(folder.name + ".writing")
-    if rank == 0 and folder.exists():
-        raise CheckpointError(f"{folder} exists already; an export is never overwritten")
-    weights = {}
-    for bucket in iterate_weights(model, EXPORT_BUCKET_BYTES):
+    with new_folder(folder, rank, "an export") as writing:
+        weights = {}
+        for bucket in iterate_weights(model, EXPORT_BUCKET_BYTES):
+            if rank == 0:
+                weights |= {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in bucket}
         if rank == 0:
-            weights |= {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in bucket}
-    if rank == 0:
-        from huggingface_hub import save_torch_state_dict
+            from huggingface_hub import save_torch_state_dict
 
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-        _copy_other_files(policy_path, writing)
-        save_torch_state_dict(weights, writing, max_shard_size="5GB")
-        config = json.loads((writing / "config.json").read_text())
-        dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-        config |= {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
-        (writing / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        writing.rename(folder)
-    _barrier()
+            _copy_other_files(policy_path, writing)
+            save_torch_state_dict(weights, writing, max_shard_size="5GB")
+            config = json.loads((writing / "config.json").read_text())
+            dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+            config |= {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
+            (writing / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def export_checkpoint(folder: str | Path, config: LearnerConfig, policy_path: str, out: str | Path) -> None:

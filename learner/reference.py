@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from .batch import MicroBatch
 from .config import LearnerConfig
 from .engine import deepspeed_settings
+from .weights import gathered
 
 FILE = "reference.safetensors"
 
@@ -57,7 +57,7 @@ class Reference:
     def _assign(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         own = dict(self.policy.named_parameters())
         for name, weight in weights:
-            with _gathered(own[name], modifier_rank=0), torch.no_grad():
+            with gathered([own[name]], modifier_rank=0), torch.no_grad():
                 own[name].copy_(weight)
 
 
@@ -69,14 +69,5 @@ def _whole(policy: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tenso
     """Name and whole weight, one at a time and valid until the next."""
     parameters = dict(policy.named_parameters())
     for name in names:
-        with _gathered(parameters[name]):
+        with gathered([parameters[name]]):
             yield name, parameters[name].detach()
-
-
-def _gathered(parameter: nn.Parameter, modifier_rank: int | None = None):
-    """Inside, the whole parameter under ZeRO-3; what rank `modifier_rank` writes to it there goes to all."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=modifier_rank)

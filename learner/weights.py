@@ -110,16 +110,18 @@ def iterate_weights(model: nn.Module, bucket_bytes: int) -> Iterator[list[tuple[
     for entries, _ in plan_buckets(weight_metadata(model), bucket_bytes):
         names = [own_names[e.name] for e in entries]
         needed = [parameters[name] for name in names] + [part for name in names if name in layers for part in low_rank_parts(layers[name])]
-        with _gathered([p for p in needed if hasattr(p, "ds_id")]):
+        with gathered(needed):
             yield [(e.name, merged(layers[name]) if name in layers else parameters[name].detach()) for e, name in zip(entries, names)]
 
 
-def _gathered(sharded: list[nn.Parameter]) -> AbstractContextManager:
+def gathered(parameters: Sequence[nn.Parameter], modifier_rank: int | None = None) -> AbstractContextManager:
+    """Inside, the whole parameters, also under ZeRO-3; what rank `modifier_rank` writes to them there goes to all."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
     if not sharded:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(sharded)
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=modifier_rank)
 
 
 def weight_buckets(model: nn.Module, max_bytes: int, rank: int = 0) -> Iterator[WeightBucket]:

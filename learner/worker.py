@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .batch import MicroBatch, Sample, check_fingerprints, check_samples, collate
-from .checkpoint import checkpoint_folder, export_policy, load_checkpoint, save_checkpoint
+from .checkpoint import export_policy, load_checkpoint, new_folder, save_checkpoint
 from .config import LearnerConfig, check_config
 from .engine import PolicyEngine, Update, init_distributed, pick_device_and_dtype
 from .flops import ModelSize, peak_flops, step_flops
@@ -294,7 +294,7 @@ class LearnerWorker:
     def save(self, folder: str) -> None:
         """Checkpoint to `folder`, which must not exist yet."""
         state = self._identity() | {"world_size": self.world_size, "steps": self.steps, "updates": self.updates}
-        with checkpoint_folder(folder, self.rank) as writing:
+        with new_folder(folder, self.rank) as writing:
             save_checkpoint(self.engine.deepspeed, writing, self.rank, state)
             if self._reference_was_renewed():
                 self.reference.save(writing, self.policy, self.rank)

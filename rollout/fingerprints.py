@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from rollout.banned_tokens import banned_token_ids
+from rollout.file_hashes import file_hashes
 
 
 def policy_fingerprints(model: str, tokenizer=None, vocab_size: int | None = None) -> dict:
@@ -35,12 +36,9 @@ def policy_fingerprints(model: str, tokenizer=None, vocab_size: int | None = Non
 
 
 def model_fingerprint(folder: str | Path) -> str:
-    """SHA-256 (hex) over names and contents of a checkpoint's files: some seconds for every 10 GB."""
-    digest = hashlib.sha256()
-    for file in sorted(f for f in Path(folder).iterdir() if f.suffix in _MODEL_FILES):
-        with file.open("rb") as handle:
-            digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+    """SHA-256 (hex) over names and contents of a checkpoint's files: some seconds for every 10 GB, once (see `file_hashes`)."""
+    digests = file_hashes(sorted(f for f in Path(folder).iterdir() if f.suffix in _MODEL_FILES))
+    return hashlib.sha256(b"".join(file.name.encode() + digest for file, digest in digests.items())).hexdigest()
 
 
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".jinja", ".model")

@@ -17,7 +17,7 @@ from typing import Optional
 import numpy as np
 from PIL import Image
 
-from rollout.banned_tokens import MEDIA_TOKENS
+from rollout.banned_tokens import holds_media_token
 
 IMAGE_PAD = "<|image_pad|>"
 IMAGE = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
@@ -179,7 +179,7 @@ class ImageChat:
 
 def check_query(episode_id: str, query: str) -> None:
     """Raises `PromptError` if a query holds a media token."""
-    if any(token in query for token in MEDIA_TOKENS):
+    if holds_media_token(query):
         raise PromptError(f"episode {episode_id}: the query {query!r} holds a media token")
 
 
@@ -195,7 +195,7 @@ class PromptBuilder(ImageChat):
                 near = [max(1, round(v / self.step)) * self.step for v in size[:2]]
                 raise PromptError(f"prompt.{name} = {list(size)}: two positive multiples of {self.step} (height, width) are needed for {policy_path}, such as {near}")
         for name in ("system", "template", "frame_label"):
-            if any(token in getattr(config, name) for token in MEDIA_TOKENS):
+            if holds_media_token(getattr(config, name)):
                 raise PromptError(f"prompt.{name} holds a media token; write {{frames}} and {{target}} in prompt.template where the frames go")
         if self.chat("", "").rstrip().endswith("<think>"):
             raise PromptError(f"the chat template of {policy_path} writes <think> itself, which the answer must begin with; use the Instruct checkpoint")

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from rollout.banned_tokens import MEDIA_TOKENS
+from rollout.banned_tokens import holds_media_token
 from rollout.episodes import Episode, TargetObject
 from rollout.importers.item import Defect, Item, Query, Truth
 from rollout.media import Media, MediaError, read_media
@@ -107,7 +107,7 @@ def _targets(query: Query, truth: Truth | None) -> tuple[tuple[int, ...], tuple[
     """The frames whose truth is known for this query, and its targets in them."""
     if not query.text.split():
         raise Defect("empty query")
-    if any(token in query.text for token in MEDIA_TOKENS):
+    if holds_media_token(query.text):
         raise Defect("query with a media token", query.text)
     if query.defect:
         raise query.defect

@@ -47,19 +47,30 @@ class PalettePngs:
     folder: Path
 
     def read(self, media: Media, listed: Sequence[int], object_ids: Sequence[str]) -> Truth:
-        annotations: dict[str, list] = {o: [] for o in object_ids}
-        ignore, frames = [], []
-        for t, file in mask_files(self.folder, media, listed):
-            values_HW = read_png(file, media.hw)
-            frames.append(t)
-            for o in object_ids:
-                if o.isdecimal() and 0 < int(o) < VOID:
-                    annotations[o].append(annotate(t, values_HW == int(o)))
-            if (void_HW := values_HW == VOID).any():
-                ignore.append(IgnoreMask(t, encode_rle(void_HW)["counts"]))
-        tracks = {o: Track(tuple(frames), tuple(filter(None, found))) for o, found in annotations.items()}
-        unknown = {o: Defect("unknown object", f"object {o} is in no mask of {self.folder}") for o, t in tracks.items() if not t.annotations}
-        return Truth(tuple(frames), tracks | unknown, tuple(ignore))
+        images = ((t, read_png(file, media.hw)) for t, file in mask_files(self.folder, media, listed))
+        return numbered_truth(self.folder, images, object_ids)
+
+
+def numbered_truth(folder: Path, images: Iterable[tuple[int, np.ndarray]], object_ids: Sequence[str], everything: str | None = None) -> Truth:
+    """What (frame, object numbers uint8 (H, W)) say about the objects; VOID is to be ignored. everything: the id that stands for whatever has a number.
+    folder: of the images, for messages."""
+    annotations: dict[str, list] = {o: [] for o in object_ids}
+    ignore, frames = [], []
+    for t, values_HW in images:
+        frames.append(t)
+        void_HW = values_HW == VOID
+        for o, found in annotations.items():
+            if o == everything:
+                found.append(annotate(t, (values_HW > 0) & ~void_HW))
+            elif o.isdecimal() and 0 < int(o) < VOID:
+                found.append(annotate(t, values_HW == int(o)))
+        if void_HW.any():
+            ignore.append(IgnoreMask(t, encode_rle(void_HW)["counts"]))
+    tracks = {o: Track(tuple(frames), tuple(filter(None, found))) for o, found in annotations.items()}
+    unknown = {
+        o: Defect("unknown object", f"{'nothing' if o == everything else f'object {o}'} is in no mask of {folder}") for o, t in tracks.items() if not t.annotations
+    }
+    return Truth(tuple(frames), tracks | unknown, tuple(ignore))
 
 
 def mask_files(folder: Path, media: Media, listed: Iterable[int]) -> list[tuple[int, Path]]:

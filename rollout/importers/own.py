@@ -15,11 +15,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from rollout.episodes import Annotation, IgnoreMask, annotate
-from rollout.importers.item import Benchmark, Defect, Item, Query, SourceError, Track, Truth
-from rollout.importers.masks import VOID, mask_files, read_png
+from rollout.importers.item import Benchmark, Defect, Item, Query, SourceError, Truth
+from rollout.importers.masks import VOID, mask_files, numbered_truth, read_png
 from rollout.media import Media
-from segmentation_service.masks import encode_rle
 
 TABLE = "queries.csv"
 COLUMNS = ("video", "query", "masks", "objects", "split")
@@ -37,21 +35,8 @@ class NumberedPngs:
     def read(self, media: Media, listed: Sequence[int], object_ids: Sequence[str]) -> Truth:
         files = mask_files(self.folder, media, listed)
         numbered = any(not np.isin(read_png(file, media.hw), (0, VOID)).all() for _, file in files)
-        annotations: dict[str, list[Annotation | None]] = {o: [] for o in object_ids}
-        ignore = []
-        for t, file in files:
-            values_HW = read_png(file, media.hw)
-            if not numbered:
-                values_HW //= VOID
-            elif (void_HW := values_HW == VOID).any():
-                ignore.append(IgnoreMask(t, encode_rle(void_HW)["counts"]))
-                values_HW[void_HW] = 0
-            for o, found in annotations.items():
-                found.append(annotate(t, values_HW > 0 if o == ALL else values_HW == int(o)))
-        frames = tuple(t for t, _ in files)
-        tracks: dict[str, Track | Defect] = {o: Track(frames, tuple(filter(None, found))) for o, found in annotations.items()}
-        unknown = {o: Defect("unknown object", f"{'nothing' if o == ALL else f'object {o}'} is in no mask of {self.folder}") for o, t in tracks.items() if not t.annotations}
-        return Truth(frames, tracks | unknown, tuple(ignore))
+        images = ((t, read_png(file, media.hw)) for t, file in files)
+        return numbered_truth(self.folder, images if numbered else ((t, values_HW // VOID) for t, values_HW in images), object_ids, everything=ALL)
 
 
 def _rows(source: Path) -> Iterator[tuple[int, dict[str, str]]]:
