@@ -189,7 +189,8 @@ def _interval(reply: str, segment: Segment, fps: float, unit: str, fallbacks: Co
         return None
     a, b = (_frame(quantity, segment, fps, unit) for quantity in found[-1])
     start, end = segment
-    _count(fallbacks, interval_several=len(found) > 1, interval_reversed=a > b)
+    different = {tuple((q.value, q.unit or unit) for q in pair) for pair in found}  # "0 s" and a bare 0 may be the same
+    _count(fallbacks, interval_several=len(different) > 1, interval_reversed=a > b)
     a, b = min(a, b), max(a, b)
     # Half a frame beyond is not beyond: labels are rounded.
     if b < start - _HALF or a > end + _HALF:

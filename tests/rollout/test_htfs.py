@@ -241,6 +241,14 @@ def test_half_a_frame_beyond_is_not_beyond(reply, segment, fallbacks):
     assert key_segment([reply], (10, 20), 1.0, "frames", count) == segment and count == fallbacks
 
 
+def test_the_same_interval_with_and_without_its_unit_is_no_contradiction():
+    reply = '{"start": "0.00s", "end": "2.00s"} or rather {"start": "0.00", "end": "2.00"}'
+    for unit, several in (("seconds", 0), ("frames", 1)):
+        fallbacks = Counter()
+        assert key_segment([reply], (0, 40), 8.0, unit, fallbacks) == ((0, 17) if unit == "seconds" else (0, 3))
+        assert fallbacks["interval_several"] == several
+
+
 def test_episodes_go_on_together_and_do_not_touch_each_other():
     config = HTFSConfig(intervals=1, positions=1)
     answers = {
