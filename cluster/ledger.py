@@ -62,14 +62,14 @@ class Ledger:
     def close(self, step: int, finished: Iterable[Final]) -> None:
         """Writes final states, of `step`. On disk when this returns."""
         finished = list(finished)
-        unknown = {f.group for f in finished} - set(self.unfinished)
-        if unknown or len({f.group for f in finished}) < len(finished):
+        groups = {f.group for f in finished}
+        if groups - set(self.unfinished) or len(groups) < len(finished):
             raise ValueError(f"groups {sorted(f.group for f in finished)} get a final state, but unfinished are {self.unfinished}")
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(f.line(step)) + "\n" for f in finished)
             file.flush()
             os.fsync(file.fileno())
-        self.unfinished = [p for p in self.unfinished if p not in {f.group for f in finished}]
+        self.unfinished = [p for p in self.unfinished if p not in groups]
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint's manifest."""

@@ -13,6 +13,7 @@ import asyncio
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from cluster.draws import Draw, Draws
 from cluster.ledger import Final, Ledger
@@ -47,9 +48,9 @@ class DrawsAhead:
             self._coming.cancel()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Flying:
-    """A group begun under `version` of the weights; `task` ends with its scores."""
+    """A group begun under `version` of the weights; `task` ends with its scores. One is equal to itself alone."""
 
     draw: Draw
     version: int
@@ -86,12 +87,12 @@ class Pipeline:
             mine = self.flying[: max(missing, sum(version - f.version >= self.loop.max_staleness for f in self.flying))]
             await _enough(mine, math.ceil(self.loop.wait_for * len(mine)))
             on_time, late = [f for f in mine if f.task.done()], [f for f in mine if not f.task.done()]
-            groups = [f.task.result() for f in on_time]
-            replaced = [f for f, group in zip(on_time, groups) if says_nothing(group)][: self.loop.max_refills - refills]
+            replaced = [f for f in on_time if says_nothing(f.task.result())][: self.loop.max_refills - refills]
             gone = [f for f in late if not self._may_wait(f, version)]
-            taken.groups += [group for f, group in zip(on_time, groups) if f not in replaced]
+            used, finished = set(on_time) - set(replaced), {*on_time, *gone}
+            taken.groups += [f.task.result() for f in on_time if f in used]
             taken.dropped += [f.dropped("zero variance") for f in replaced] + [f.dropped("late") for f in gone]
-            self.flying = [f for f in self.flying if f not in on_time and f not in gone]
+            self.flying = [f for f in self.flying if f not in finished]
             refills += len(replaced)
             if not replaced:
                 break
@@ -124,9 +125,5 @@ def says_nothing(group: ScoredGroup) -> bool:
 
 async def _enough(flying: Iterable[Flying], count: int) -> None:
     """Waits until `count` are done, and raises what the first of them that failed raised."""
-    waiting, done = {f.task for f in flying}, set()
-    while len(done) < count:
-        finished, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        done |= finished
-        for task in finished:
-            task.result()
+    for done in islice(asyncio.as_completed([f.task for f in flying]), count):
+        await done

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -167,3 +168,23 @@ def test_the_next_draws_are_made_ahead():
 
     assert asyncio.run(steps()) == [0, 1, 2, 4, 3, 9]
     assert asked == [[0, 1], [2, 3], [4], [9]]
+
+
+def test_the_controller_does_the_same_for_each_group_however_many_there_are(tmp_path):
+    """Counted in calls of Python and C functions, which no machine's speed changes."""
+
+    def calls_a_group(per_step):
+        count, run = 0, Run(tmp_path, per_step=per_step, steps=4, max_staleness=1, max_refills=8, rewards=lambda p: (1.0, 1.0) if p % 50 == 0 else (0.0, 1.0))
+
+        def counted(frame, event, argument):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        sys.setprofile(counted)
+        try:
+            asyncio.run(run.train())
+        finally:
+            sys.setprofile(None)
+        return count / (4 * per_step)
+
+    assert calls_a_group(1024) < 1.1 * calls_a_group(64)
