@@ -2,7 +2,7 @@
 
     videoseg bench simulator --json OUT        (or python benchmarks/simulator.py --json OUT)
 
-    calibration  synchronous runs with other numbers of sequences: from their step times a decoding step's cost, a sequence's share of it, and an update's, by least squares
+    calibration  synchronous runs with other numbers of sequences: from their step times a decoding step's cost, a sequence's share of it, and an update's, by least squares on simulated ones
     predictions  other numbers of engines, sequences at a time and groups, and asynchronous modes: step seconds as measured and as simulated with the calibrated costs
     controller   what a thousand engines cost: simulated step seconds and utilisation, where the learner is the limit and where it is not
 """
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from scipy.optimize import least_squares
 
 from side_by_side import machine, publish
 from cluster.sections import LoopConfig
@@ -23,7 +24,7 @@ from cluster.simulate import Costs, Sizes, simulate
 LENGTHS = np.random.default_rng(0).integers(10, 60, 64).tolist()
 TRUE = Costs(LENGTHS, step_seconds=0.004, sequence_seconds=0.00015, score_seconds=0.004, learn_seconds=0.15, sync_seconds=0.02)
 """What the stages of the measured runs take. The simulator is not told."""
-CALIBRATED_BY = [Sizes(groups=2, completions=4), Sizes(groups=8, completions=4), Sizes(groups=16, completions=8)]
+CALIBRATED_BY = [Sizes(groups=1, completions=1), Sizes(groups=8, completions=4), Sizes(groups=16, completions=8)]  # the longest of one response and of a hundred differ
 PREDICTED = [
     ("two engines", Sizes(engines=2, groups=16, completions=8), LoopConfig(steps=12)),
     ("few sequences at a time", Sizes(groups=16, completions=8, sequences=32), LoopConfig(steps=12)),
@@ -34,27 +35,27 @@ PREDICTED = [
 ]
 
 
+def step_seconds(costs: Costs, sizes: Sizes, loop: LoopConfig, rounds: int, live: bool = False) -> float:
+    """Mean over runs with other lengths, the same ones live and simulated."""
+    return float(np.mean([simulate(costs, sizes, loop, seed, live=live).step_seconds for seed in range(rounds)]))
+
+
 def calibrate(rounds: int) -> tuple[Costs, list[dict]]:
-    """Costs from three synchronous runs: step = longest x (step_seconds + sequences x sequence_seconds) + update, nearly; the simulator itself says how far from it."""
+    """Costs with which the simulator takes as long as three synchronous runs did."""
     loop = LoopConfig(steps=8)
-    measured = [float(np.median([simulate(TRUE, sizes, loop, seed, live=True).step_seconds for seed in range(rounds)])) for sizes in CALIBRATED_BY]
-    costs = Costs(LENGTHS, step_seconds=0.001, sequence_seconds=0.0001, score_seconds=TRUE.score_seconds, learn_seconds=0.1)
-    names = ("step_seconds", "sequence_seconds", "learn_seconds")
-    for _ in range(6):  # Gauss-Newton on the simulated step times
-        predicted = lambda c: np.array([np.mean([simulate(c, sizes, loop, seed).step_seconds for seed in range(rounds)]) for sizes in CALIBRATED_BY])
-        base = predicted(costs)
-        slopes = np.stack([(predicted(replace(costs, **{n: getattr(costs, n) * 1.05})) - base) / (getattr(costs, n) * 0.05) for n in names], axis=1)
-        change = np.linalg.lstsq(slopes, np.array(measured) - base, rcond=None)[0]
-        costs = replace(costs, **{n: max(1e-6, getattr(costs, n) + float(d)) for n, d in zip(names, change)})
-    return costs, [{"sizes": asdict(s), "measured_step_seconds": round(m, 4)} for s, m in zip(CALIBRATED_BY, measured)]
+    measured = [step_seconds(TRUE, sizes, loop, rounds, live=True) for sizes in CALIBRATED_BY]
+    costs_of = lambda x: Costs(LENGTHS, step_seconds=x[0], sequence_seconds=x[1], learn_seconds=x[2], score_seconds=TRUE.score_seconds)
+    off = lambda x: [step_seconds(costs_of(x), sizes, loop, rounds) / m - 1 for sizes, m in zip(CALIBRATED_BY, measured)]
+    start = np.array([1e-3, 1e-4, 0.1])
+    fitted = least_squares(off, start, bounds=(0, np.inf), x_scale=start, diff_step=0.02)
+    return costs_of(fitted.x.tolist()), [{"sizes": asdict(s), "measured_step_seconds": round(m, 4)} for s, m in zip(CALIBRATED_BY, measured)]
 
 
 def predictions(costs: Costs, rounds: int) -> list[dict]:
     found = []
     for name, sizes, loop in PREDICTED:
-        live, told = ([simulate(c, sizes, loop, seed, live=real).step_seconds for seed in range(rounds)] for c, real in ((TRUE, True), (costs, False)))
-        error = np.mean(told) / np.mean(live) - 1
-        found.append({"case": name, "measured_step_seconds": round(float(np.mean(live)), 4), "simulated": round(float(np.mean(told)), 4), "error": round(float(error), 4)})
+        live, told = step_seconds(TRUE, sizes, loop, rounds, live=True), step_seconds(costs, sizes, loop, rounds)
+        found.append({"case": name, "measured_step_seconds": round(live, 4), "simulated": round(told, 4), "error": round(told / live - 1, 4)})
         print(f"  {found[-1]}", file=sys.stderr, flush=True)
     return found
 

@@ -201,11 +201,24 @@ def plan(options: argparse.Namespace) -> None:
     settings = config_resolve.resolve(config.load(recipe, overrides), node)
     if (where := paths.local_path(settings.policy.path)) is not None:
         settings = replace(settings, policy=replace(settings.policy, path=str(where)))
+    if options.simulate:
+        return _simulate(settings, options.simulate)
     found = planned(settings, node, options.nodes)
     print(f"{options.nodes} x ({node.cores} cores, {node.ram_gib:g} GiB of RAM" + (f", {node.cuda_devices} GPUs of {node.cuda_memory_gib:g} GiB" if node.cuda_devices else "") + ")")
     print("\n".join(found.lines()))
     if found.problems:
         raise UserError(f"{recipe} does not fit there ({len(found.problems)} problems, above)", "change the settings named, or plan for other machines: --nodes, --gpus, --gpu-memory, --cores, --memory")
+
+
+def _simulate(settings: Any, run: str) -> None:
+    """How long a step would take, with the costs of a run's stages."""
+    from cluster import run_folder, stage_costs
+
+    measured = stage_costs.measure(run_folder.find(run))
+    print("\n".join(measured.lines()))
+    sizes = stage_costs.sizes_of(settings)
+    print(f"{settings.run.recipe}: {sizes.engines} engines, {sizes.segmenters} segmenters, {sizes.ranks} learner ranks, {sizes.groups} groups of {sizes.completions} a step")
+    print("\n".join(stage_costs.table(stage_costs.forecasts(measured, settings), settings.loop.max_staleness)))
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -336,6 +349,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of a GPU (default: as here, else 80)")
     command.add_argument("--cores", type=int, metavar="N", help="cores of a node (default: as here)")
     command.add_argument("--memory", type=float, metavar="GIB", help="RAM of a node (default: as here)")
+    command.add_argument("--simulate", metavar="RUN", help="tell instead how long a step would take, in each mode, with stages that cost what they did in RUN")
 
     more = "What follows NAME goes to the benchmark; `videoseg bench NAME --help` says what it takes."
     command = add_command(commands, "bench", bench, "videoseg bench segmentation --json segmentation.json", more)

@@ -153,26 +153,20 @@ def _series(columns: Sequence[Mapping[str, Mapping[int, float]]], names: Sequenc
 
 def _timeline(file: Path) -> list[dict[str, Any]]:
     """Some steps, evenly: for each its spans, (track, name, begin in seconds, seconds, details)."""
-    if not file.exists():
-        return []
-    open_spans, spans = {}, []
-    for event in timeline.read(file):
-        if event["ph"] == "b":
-            open_spans[event["id"]] = event
-        elif begun := open_spans.pop(event["id"], None):
-            spans.append((begun["ts"] / 1e6, event["ts"] / 1e6, begun["cat"], begun["name"], begun.get("args", {})))
-    ends = sorted(end for _, end, track, name, _ in spans if (track, name) == ("loop", "train"))
+    spans = timeline.spans(file)
+    ends = sorted(s.end for s in spans if (s.track, s.name) == ("loop", "train"))
     if not ends:
         return []
-    firsts = [min(s[0] for s in spans), *ends]
+    firsts = [min(s.begin for s in spans), *ends]
     count = len(ends)
     steps = sorted({round(i * (count - 1) / max(1, min(count, TIMELINE_STEPS) - 1)) for i in range(min(count, TIMELINE_STEPS))})
     chosen = []
     for n in steps:
         begin, end = firsts[n], firsts[n + 1]
-        inside = sorted(s for s in spans if s[1] > begin and s[0] < end)[:TIMELINE_SPANS]
-        step = next((s[4].get("version", n) + 1 for s in inside if s[2:4] == ("loop", "train") and s[1] == end), n + 1)
-        rows = [[track, name, round(max(a, begin) - begin, 4), round(min(b, end) - max(a, begin), 4), json.dumps(args) if args else ""] for a, b, track, name, args in inside]
+        inside = sorted((s for s in spans if s.end > begin and s.begin < end), key=lambda s: s.begin)[:TIMELINE_SPANS]
+        step = next((s.details.get("version", n) + 1 for s in inside if (s.track, s.name) == ("loop", "train") and s.end == end), n + 1)
+        clipped = [(s, max(s.begin, begin), min(s.end, end)) for s in inside]
+        rows = [[s.track, s.name, round(a - begin, 4), round(b - a, 4), json.dumps(s.details) if s.details else ""] for s, a, b in clipped]
         chosen.append({"step": step, "seconds": round(end - begin, 3), "spans": rows})
     return chosen
 

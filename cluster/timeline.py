@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,25 @@ class Timeline:
 def read(path: str | Path) -> list[dict[str, Any]]:
     """The events of a trace, as far as it goes."""
     return json.loads(Path(path).read_text(encoding="utf-8").rstrip().rstrip(",") + "]")
+
+
+@dataclass(frozen=True)
+class Span:
+    """begin, end: seconds of the wall clock."""
+
+    begin: float
+    end: float
+    track: str
+    name: str
+    details: dict[str, Any]
+
+
+def spans(path: str | Path) -> list[Span]:
+    """Those of a trace that ended, in the order in which they did; none where there is no trace."""
+    begun, ended = {}, []
+    for event in read(path) if Path(path).exists() else []:
+        if event["ph"] == "b":
+            begun[event["id"]] = event
+        elif first := begun.pop(event["id"], None):
+            ended.append(Span(first["ts"] / 1e6, event["ts"] / 1e6, first["cat"], first["name"], first.get("args", {})))
+    return ended
