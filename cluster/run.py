@@ -67,6 +67,7 @@ class Run:
     online: OnlineDifficulty | None = None  # success rates of the episodes, where difficulty is estimated from them
     saved: int = -1  # step of the newest checkpoint
     skipped_in_a_row: int = 0  # the last steps that left an update out
+    mismatch: float = 0.0  # KL of rollout and learner in the last step, nats a token
     times: StageTimes = field(default_factory=StageTimes)
     broken: list[BrokenEpisode] = field(default_factory=list)  # left out of this step
     dropped: list[Final] = field(default_factory=list)  # begun for this step, and neither trained nor kept for another

@@ -74,7 +74,7 @@ async def _train(config: RunConfig, located: RunConfig, folder: RunFolder, draws
                 if collected is None:
                     break
                 await learn_from(run, collected)
-                await stop_if_updates_fail(run)
+                await stop_if_untrustworthy(run)
                 if run.due(config.loop.save_every):
                     await run.save()
                 if run.due(config.eval.every) and run.step < config.loop.steps:
@@ -113,15 +113,20 @@ async def learn(run: Run, groups: list[ScoredGroup]) -> None:
     if run.online:
         for g in kept:
             run.online.update(g.draw.episode.episode_id, g.success_rate)
-    run.skipped_in_a_row = int(learned["skipped_in_a_row"])
+    run.skipped_in_a_row, run.mismatch = int(learned["skipped_in_a_row"]), values["mismatch/kl"]
     run.progress.step(step, values)
     run.note_broken(f"step {step}", run.broken)
-    if values["mismatch/kl"] > config.loop.mismatch_warn:
-        run.progress.note(f"warning: step {step}: rollout/learner mismatch KL {values['mismatch/kl']:.4f} exceeds loop.mismatch_warn")
+    if run.mismatch > config.loop.mismatch_warn:
+        run.progress.note(f"warning: step {step}: rollout/learner mismatch KL {run.mismatch:.4f} exceeds loop.mismatch_warn")
 
 
-async def stop_if_updates_fail(run: Run) -> None:
-    """Raises `RunFailed`, with a checkpoint, after more than `learner.max_skipped` steps in a row with an update left out."""
+async def stop_if_untrustworthy(run: Run) -> None:
+    """Raises `RunFailed`, with a checkpoint, after more than `learner.max_skipped` steps in a row with an update left out, and where the mismatch of
+    rollout and learner exceeds `loop.mismatch_stop`."""
+    if (most := run.config.loop.mismatch_stop) is not None and run.mismatch > most:
+        await run.save()
+        remedy = "compare dtypes and fingerprints of engine and learner, see learner.tis_cap; then resume with another loop.mismatch_stop"
+        raise RunFailed(f"step {run.step}: rollout/learner mismatch KL {run.mismatch:.4g} exceeds loop.mismatch_stop = {most:g}", remedy)
     skipped, allowed = run.skipped_in_a_row, run.config.learner.max_skipped
     if not skipped:
         return

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster import checkpoints, cli, config, config_resolve, ledger, rollout_log, run_folder, timeline
+from cluster.errors import RunFailed
 from cluster.metrics import read_metrics
 from cluster.policies import find_policy
 from tests.conftest import ROOT, TOY
@@ -226,7 +227,13 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_and_its_engine_serves_what_
             before = await answers(resumed.actors.engines[0])
             for _ in range(2):
                 await trainer.learn(resumed, await resumed.collect())
-            await resumed.save()
+            resumed.config = dataclasses.replace(settings, loop=dataclasses.replace(settings.loop, mismatch_stop=1e-3))
+            await trainer.stop_if_untrustworthy(resumed)  # float32 on both sides: far below
+            assert resumed.saved < 4
+            resumed.mismatch = 0.5
+            with pytest.raises(RunFailed, match="step 4: .* KL 0.5 exceeds loop.mismatch_stop = 0.001"):
+                await trainer.stop_if_untrustworthy(resumed)  # with a checkpoint
+            assert resumed.saved == 4
             served = await answers(resumed.actors.engines[0])
             await resumed.actors.learners[0].export.remote(str(exported))
         finally:
