@@ -6,8 +6,10 @@
                 of the two, for each `loop.max_staleness` and for learners that are faster, as fast and slower than the engine. Generation is counted as what a full
                 engine needs for a step's groups; alone, a step takes it longer, since the engine runs empty at its end
     controller  seconds of CPU a group where answers and updates take no time: drawing, beginning, handing out, the ledger on disk
+    engines     the same with actors of a local Ray that give the same eight answers of 100 tokens at once in place of engines: what it takes to ask them with a prompt of
+                five pictures, to receive the answers, and to compute their rewards from boxes and points, for 1 to 8 of them
 
-`cluster.pipeline` and `cluster.ledger` are the real ones; generation and learning are timers.
+`cluster.pipeline`, `cluster.ledger`, `cluster.replicas` and `cluster.scoring` are the real ones; generation and learning are timers.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import os
 import random
 import sys
 import tempfile
@@ -27,12 +30,19 @@ from types import SimpleNamespace
 import numpy as np
 
 from side_by_side import machine, publish
-from cluster.draws import Draw
+from cluster import config_files
+from cluster.config import load
+from cluster.draws import Draw, Draws
 from cluster.ledger import Final, Ledger
 from cluster.pipeline import DrawsAhead, Pipeline
-from cluster.scoring import ScoredGroup
+from cluster.replicas import Replicas
+from cluster.scoring import ScoredGroup, score_group
 from cluster.sections import LoopConfig
-from reward_service import Score
+from cluster.timeline import Timeline
+from reward_service import RewardConfig, Score
+from rollout.engine import Completion
+from rollout.prompts import PromptBuilder
+from rollout.toy_data import ToyDataConfig, write_toy_data
 
 GROUPS, AT_A_TIME, SECONDS = 16, 8, 0.4
 """Groups of a step; groups that the engine answers at a time; what it needs for a step's groups while it is full."""
@@ -88,20 +98,79 @@ def efficiency(rounds: int) -> list[dict]:
 
 def controller(rounds: int) -> list[dict]:
     found = []
-    for groups in (16, 128, 1024):
+    for groups in (16, 128, 1024, 4096):
         seconds = []
         for _ in range(rounds):
 
             async def one(folder: str) -> None:
-                await Stages(Path(folder), LoopConfig(steps=20, max_staleness=1), groups, 10**6, lambda: 0.0).run(0.0)
+                await Stages(Path(folder), LoopConfig(steps=8, max_staleness=1), groups, 10**6, lambda: 0.0).run(0.0)
 
             with tempfile.TemporaryDirectory() as folder:
                 start = time.process_time()
                 asyncio.run(one(folder))
-                seconds.append((time.process_time() - start) / (20 * groups))
+                seconds.append((time.process_time() - start) / (8 * groups))
         found.append({"groups_a_step": groups, "microseconds_a_group": round(1e6 * median(seconds), 1), "largest": round(1e6 * max(seconds), 1)})
         print(f"  {found[-1]}", file=sys.stderr, flush=True)
     return found
+
+
+class Answering:
+    """An engine that has all its answers ready."""
+
+    def __init__(self, completions: list[Completion]) -> None:
+        self.completions = completions
+
+    async def generate(self, *prompt) -> list[Completion]:
+        return self.completions
+
+
+def engines(rounds: int) -> list[dict]:
+    import ray
+
+    toy, found = toy_draw(), []
+    text = '<think>It is the red circle, upper left.</think><answer>[{"bbox_2d":[10,20,50,60],"point_2d":[30,40],"negative_point_2d":[70,40]}]</answer>'
+    answers = [Completion(np.arange(100, dtype=np.int32), np.zeros(100, np.float32), text, "stop", (("1", 100),), n) for n in range(8)]
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    actor = ray.remote(num_cpus=0, max_concurrency=64)(Answering)
+    for count in (1, 2, 4, 8):
+        actors = [actor.remote(answers) for _ in range(count)]
+        replicas = Replicas("engine", actors, kill=None, start=None, join=None, seconds=600.0, restarts=0, note=print, timeline=Timeline(os.devnull))
+
+        async def one(number: int) -> ScoredGroup:
+            completions = await replicas.call(number, "generate", toy.prompt, 8, None, list(range(8)))
+            return await score_group(toy, completions, [9] * 8, RewardConfig(), None)
+
+        async def many(groups: int) -> None:
+            await asyncio.gather(*map(one, range(groups)))
+
+        async def timed() -> list[float]:
+            seconds = []
+            await many(64)  # actors start, caches fill
+            for _ in range(rounds):
+                start = time.process_time()
+                await many(256)
+                seconds.append((time.process_time() - start) / 256)
+            return seconds
+
+        seconds = asyncio.run(timed())
+        for each in actors:
+            ray.kill(each)
+        found.append({"engines": count, "microseconds_a_group": round(1e6 * median(seconds), 1), "largest": round(1e6 * max(seconds), 1)})
+        print(f"  {found[-1]}", file=sys.stderr, flush=True)
+    ray.shutdown()
+    return found
+
+
+def toy_draw() -> Draw:
+    """A draw of the debug recipe: the toy policy's prompt about a toy video, and the truth."""
+    config = config_files.locate_models(load("debug"))
+    with tempfile.TemporaryDirectory() as folder:
+        write_toy_data(Path(folder) / "toy", ToyDataConfig(train=4, valid_u=0, valid=0), progress=lambda line: None)
+        draws = Draws(str(Path(folder) / "toy/train"), PromptBuilder(config.policy.path, config.prompt), config.data, seed=0)
+        try:
+            return draws.batch([0])[0]
+        finally:
+            draws.close()
 
 
 def main() -> None:
@@ -109,7 +178,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write; without it the JSON goes to the screen")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    publish({"machine": machine(1), "rounds": args.rounds, "efficiency": efficiency(args.rounds), "controller": controller(args.rounds)}, args.json)
+    record = {"machine": machine(1), "rounds": args.rounds, "efficiency": efficiency(args.rounds), "controller": controller(args.rounds), "engines": engines(args.rounds)}
+    publish(record, args.json)
 
 
 if __name__ == "__main__":
