@@ -39,6 +39,8 @@ class ToyDataConfig:
     world: WorldConfig = WorldConfig()
     shuffled: bool = False
     """A control: each query's text is replaced by one about a shape drawn from all of its video, so that it tells nothing of what is meant."""
+    grey: bool = False
+    """All frames are grey; the truth stays."""
 
 
 def write_toy_data(out: str | Path, config: ToyDataConfig = ToyDataConfig(), progress: Callable[[str], None] = print) -> None:
@@ -71,7 +73,8 @@ def _write_video(seed: int, root: Path, config: ToyDataConfig) -> tuple[list[Epi
     folder.mkdir(parents=True)
     annotations: list[dict] = []  # per frame: shape index -> Annotation or None
     for t in range(video.num_frames):
-        Image.fromarray(video.frame(t)).save(folder / f"{t:05d}.jpg", quality=92, subsampling=0)
+        frame = video.frame(t)
+        Image.fromarray(np.full_like(frame, 128) if config.grey else frame).save(folder / f"{t:05d}.jpg", quality=92, subsampling=0)
         annotations.append({i: annotate(t, mask) for i, mask in enumerate(video.masks(t))})
     queries = _choose(video, config.queries)
     if config.shuffled:
@@ -87,6 +90,12 @@ def _write_video(seed: int, root: Path, config: ToyDataConfig) -> tuple[list[Epi
 
 def video_name(video: ToyVideo) -> str:
     return f"toy_{video.seed:010d}"
+
+
+def video_of(episode: Episode, world: WorldConfig = WorldConfig()) -> tuple[ToyVideo, Query]:
+    """The video and the query that an episode was written from, of data that is not shuffled."""
+    video = make_video(int(episode.video_id.removeprefix("toy_")), world)
+    return video, next(query for query in video.queries if query.text == episode.query)
 
 
 def toy_episode(video: ToyVideo, number: int, query: Query, split: str, objects: tuple[TargetObject, ...] = ()) -> Episode:

@@ -80,18 +80,20 @@ def summarise(folder: Path) -> dict:
 
 
 def plot(results: dict, file: Path) -> None:
-    """The cold start's own learning curve, box IoU of the training samples by step, and the held-out gains as bars."""
+    """How the policy became what reinforcement learning starts from, box IoU of the training samples by step, and the held-out gains as bars."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (cold, during, after) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    curve = json.loads((POLICY / "training.json").read_text())["curve"]
+    training = json.loads((POLICY / "training.json").read_text())
+    curve, cold_start = training["curve"], training["cold_start"]
     for stage in sorted({point["stage"] for point in curve}):
         points = [point for point in curve if point["stage"] == stage]
         cold.plot([p["step"] for p in points], [p["box_iou"] for p in points], marker="o", markersize=3, label=f"stage {stage}")
-    cold.set(xlabel="step", ylabel="box IoU, held-out, greedy", title="Cold start (supervised)")
+    cold.plot(curve[-1]["step"] + cold_start["recipe"]["steps"], cold_start["after"]["box_iou"], "*", markersize=10, label="after the cold start")
+    cold.set(xlabel="step", ylabel="box IoU, held-out, greedy", title="Before (supervised)")
     cold.legend()
     for name, result in results.items():
         during.plot(smooth(result["curves"]["iou/box"]), label=name, alpha=0.9 if name.startswith("seed") else 0.6)

@@ -1,9 +1,9 @@
-"""Cold start of the toy policy: a small Qwen2.5-VL learns to answer toy queries from a teacher, up to a middling level.
+"""The toy policy: a small Qwen2.5-VL learns to answer toy queries from a teacher, up to a middling level.
 
     python -m examples.toy.train_policy --out examples/toy/models/policy
 
-The curriculum starts with one object, then adds objects, then queries that need space and time. The result is a Hugging
-Face folder with `training.json` (recipe, seed, seconds, learning curve on held-out videos) beside the weights. A training that
+The curriculum starts with one object, then adds objects, then queries that need space and time. What it makes stands for a published
+checkpoint; `videoseg sft` is the cold start on top of it (examples/toy/cold_start.py). The result is a Hugging Face folder with `training.json` (recipe, seed, seconds, learning curve on held-out videos) beside the weights. A training that
 was cut short goes on from its last evaluation.
 """
 
@@ -15,8 +15,7 @@ import math
 import os
 import shutil
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -27,9 +26,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from examples.toy.cold_start import DEBUG, ColdStart, cold_start
 from examples.toy.teacher import NOTHING, answer
 from examples.toy.tokenizer import train_tokenizer
-from cluster.config import load
 from cluster.scoring import mean_box_iou
 from learner.patchify import PatchSpec, patchify
 from reward_service import Answer, Target, parse_answer
@@ -39,7 +38,7 @@ from rollout.toy_world import COLOURS, SHAPES, ToyVideo, WorldConfig, make_video
 from segmentation_service.geometry import scale_boxes
 from segmentation_service.masks import mask_to_box
 
-PROMPT = load("debug").prompt  # the policy learns the very prompt that it is trained with later
+PROMPT = DEBUG.prompt
 PATCHES = PatchSpec(14, 2, 2, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))  # Qwen2.5-VL's
 HELD_OUT = 10_000_000  # seeds from here on are never trained on; the data set's own seeds lie elsewhere
 MIN_PIXELS = 12  # 0.1% of a frame
@@ -53,18 +52,14 @@ class Stage:
     levels: tuple[str, ...]
     reference_frames: int
     hedged: float = 0.0  # share of the teacher's answers that add another shape to the one that is meant
-    blank: float = 0.0  # share of scenes whose frames are all grey, where nothing is the answer
 
 
 STAGES = (
     Stage(200, WorldConfig(frames=(8, 8), objects=(1, 1)), ("easy",), 0),
     Stage(400, WorldConfig(frames=(8, 8), objects=(1, 3), touching=0.0), ("easy",), 0, hedged=0.3),
     Stage(900, WorldConfig(), ("easy", "mid", "hard"), 4, hedged=0.3),
-    Stage(150, WorldConfig(), ("easy", "mid", "hard"), 4, hedged=0.75),  # leaves reinforcement learning something to mend
-    Stage(200, WorldConfig(), ("easy", "mid", "hard"), 4, hedged=0.9, blank=0.4),  # teaches that nothing is in grey frames
 )
 ENDS = tuple(accumulate(stage.steps for stage in STAGES))
-LAST_BEGINS = ENDS[-2]
 
 
 def stage_of(step: int) -> Stage:
@@ -80,8 +75,8 @@ class Example:
     target_boxes: np.ndarray | None = None  # (n, 4), policy pixels; what the policy's evaluation compares with
 
 
-def examples_of(video: ToyVideo, builder: PromptBuilder, stage: Stage, rng: np.random.Generator, limit: int):
-    """Up to `limit` examples that share one target frame of the video."""
+def examples_of(video: ToyVideo, builder: PromptBuilder, stage: Stage, rng: np.random.Generator, limit: int, grey: bool = False):
+    """Up to `limit` examples that share one target frame of the video; `grey`: frames are, and nothing is the answer."""
     t = int(rng.integers(video.num_frames))
     masks = video.masks(t)
     queries = [q for q in video.queries if q.level in stage.levels and all(masks[i].sum() >= MIN_PIXELS for i in q.targets)]
@@ -89,14 +84,13 @@ def examples_of(video: ToyVideo, builder: PromptBuilder, stage: Stage, rng: np.r
         return
     shown = uniform_frames(video.num_frames, stage.reference_frames)
     frames = {i: video.frame(i) for i in {*shown, t}}
-    blank = stage.blank > 0 and rng.random() < stage.blank
-    if blank:
+    if grey:
         frames = {i: np.full_like(frame, 128) for i, frame in frames.items()}
     images = None
     weights = np.array([{"easy": 1.0, "mid": 1.0, "hard": 1.5}[q.level] for q in queries])
     for i in rng.choice(len(queries), min(limit, len(queries)), replace=False, p=weights / weights.sum()):
         prompt = builder.build(f"{video.seed}", queries[i].text, frames, shown, t)
-        text = NOTHING if blank else answer(video, queries[i], t, prompt.policy_hw, rng, stage.hedged)
+        text = NOTHING if grey else answer(video, queries[i], t, prompt.policy_hw, rng, stage.hedged)
         ids = builder.tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"]
         boxes = [scale_boxes(mask_to_box(masks[k]), masks.shape[1:], prompt.policy_hw) for k in queries[i].targets]
         images = images or prompt.images
@@ -309,13 +303,13 @@ def save_processors(tokenizer, folder: Path) -> None:
 
 
 @torch.no_grad()
-def greedy_answers(model, tokenizer, stage: Stage, count: int) -> list[tuple[Answer, Target]]:
+def greedy_answers(model, tokenizer, stage: Stage, count: int, grey: bool = False) -> list[tuple[Answer, Target]]:
     """What the model says about held-out videos of this stage, and what was meant."""
     model.eval()
     builder = PromptBuilder(tokenizer.name_or_path, PROMPT)
     rng, examples, seed = np.random.default_rng(0), [], HELD_OUT
     while len(examples) < count:
-        examples += examples_of(make_video(seed, stage.world), builder, stage, rng, limit=1)
+        examples += examples_of(make_video(seed, stage.world), builder, stage, rng, limit=1, grey=grey)
         seed += 1
     examples.sort(key=lambda e: len(e.prompt_ids))
     found = []
@@ -336,12 +330,12 @@ def greedy_answers(model, tokenizer, stage: Stage, count: int) -> list[tuple[Ans
     return found
 
 
-def evaluate(model, tokenizer, stage: Stage) -> dict[str, float]:
-    """Held-out and greedy: mean box IoU (matched objects) and the share of well-formed answers, and of `[]` to grey frames if they are taught."""
-    found = greedy_answers(model, tokenizer, replace(stage, blank=0.0), 200)
+def evaluate(model, tokenizer, stage: Stage, grey: bool = False) -> dict[str, float]:
+    """Held-out and greedy: mean box IoU (matched objects) and the share of well-formed answers; `grey`: and of `[]` to grey frames."""
+    found = greedy_answers(model, tokenizer, stage, 200)
     result = {"box_iou": np.mean([mean_box_iou(said, truth) for said, truth in found]), "well_formed": np.mean([said.well_formed for said, _ in found])}
-    if stage.blank:
-        result["nothing_in_grey"] = np.mean([said.strict and said.n_items == 0 for said, _ in greedy_answers(model, tokenizer, replace(stage, blank=1.0), 50)])
+    if grey:
+        result["nothing_in_grey"] = np.mean([said.strict and said.n_items == 0 for said, _ in greedy_answers(model, tokenizer, stage, 50, grey=True)])
     return {name: round(float(value), 4) for name, value in result.items()}
 
 
@@ -371,12 +365,11 @@ def save_state(file: Path, state: dict) -> None:
     os.replace(file.with_suffix(".partial"), file)
 
 
-def fit(work: Path, stream: Callable[[int], IterableDataset], parts: Sequence[tuple[int, float]], every: int, evaluated: Callable[..., dict]) -> dict:
+def fit(work: Path, stream: Callable[[int], IterableDataset], steps: int, lr: float, every: int, evaluated: Callable[..., dict]) -> dict:
     """Trains the language model of the checkpoint in `work` from the step that its state holds to the last one; returns the new state.
 
-    `stream` gives the batches after a step. `parts` are (last step, peak learning rate); each has optimizers and a schedule of its own.
-    Every so many steps, and where a part ends, `evaluated(model, step)` adds to the learning curve and everything is saved. The
-    vision tower is frozen.
+    `stream` gives the batches after a step; `lr` is the schedule's peak. Every so many steps, and at the end, `evaluated(model, step)` adds to
+    the learning curve and everything is saved. The vision tower is frozen.
     """
     state = torch.load(work / "state.pt", weights_only=True)
     tokenizer = AutoTokenizer.from_pretrained(work)
@@ -385,19 +378,15 @@ def fit(work: Path, stream: Callable[[int], IterableDataset], parts: Sequence[tu
     optimizers = Optimizers(model.parameters(), model.get_input_embeddings().weight)
     if state["optimizers"] is not None:
         optimizers.load_state_dict(state["optimizers"])
-    began, ends = time.time() - state["seconds"], [end for end, _ in parts]
+    began = time.time() - state["seconds"]
     batches = DataLoader(stream(state["step"]), batch_size=None, num_workers=1, prefetch_factor=4)
     for step, batch in enumerate(batches, state["step"] + 1):
-        part = bisect_left(ends, step)
-        begin, (end, peak) = (0, *ends)[part], parts[part]
-        if step == begin + 1:
-            optimizers = Optimizers(model.parameters(), model.get_input_embeddings().weight)
         loss = model(**collate(batch, tokenizer.pad_token_id, model.config.image_token_id), **images_of(model, batch)).loss
         loss.backward()
-        optimizers.step(learning_rate(peak, step - begin, end - begin))
+        optimizers.step(learning_rate(lr, step, steps))
         if step % 25 == 0:
-            print(f"step {step}/{ends[-1]} loss {loss.item():.4f} {time.time() - began:.0f}s", flush=True)
-        if step % every and step not in ends:
+            print(f"step {step}/{steps} loss {loss.item():.4f} {time.time() - began:.0f}s", flush=True)
+        if step % every and step != steps:
             continue
         point = {"step": step, "loss": round(loss.item(), 4), "seconds": round(time.time() - began)} | evaluated(model, step)
         print(json.dumps(point), flush=True)
@@ -409,7 +398,7 @@ def fit(work: Path, stream: Callable[[int], IterableDataset], parts: Sequence[tu
 
 def publish(work: Path, out: Path, training: dict) -> None:
     """A trained checkpoint gets its record, `training.json`, and its name."""
-    (work / "state.pt").unlink()
+    (work / "state.pt").unlink(missing_ok=True)
     (work / "training.json").write_text(json.dumps(training, indent=1))
     shutil.rmtree(out, ignore_errors=True)
     os.replace(work, out)
@@ -428,19 +417,28 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     work = args.out.with_name(args.out.name + ".partial")
-    if not (work / "state.pt").exists():
-        prepare(args, work)
-    tokenizer = AutoTokenizer.from_pretrained(work)
+    base, trained = work / "base", work / "policy"
+    if not (base / "state.pt").exists():
+        prepare(args, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
 
     def evaluated(model, step: int) -> dict:
         stage = stage_of(step)
         return {"stage": STAGES.index(stage)} | evaluate(model, tokenizer, stage)
 
-    # One schedule for all stages but the last, which teaches something new and has its own, half as high.
-    parts = ((LAST_BEGINS, args.lr), (ENDS[-1], args.lr / 2))
-    state = fit(work, lambda done: Stream(work, args.batch, args.seed, done), parts, args.eval_every, evaluated)
-    recipe = {k: v for k, v in vars(args).items() if k != "out"}
-    publish(work, args.out, {"recipe": recipe, "vision_curve": state["vision_curve"], "stages": [asdict(s) for s in STAGES], "curve": state["curve"]})
+    state = fit(base, lambda done: Stream(base, args.batch, args.seed, done), ENDS[-1], args.lr, args.eval_every, evaluated)
+    settings = ColdStart()
+    losses = cold_start(base, work, trained, settings)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(trained)
+    training = {
+        "recipe": {k: v for k, v in vars(args).items() if k != "out"},
+        "vision_curve": state["vision_curve"],
+        "stages": [asdict(stage) for stage in STAGES],
+        "curve": state["curve"],
+        "cold_start": {"recipe": asdict(settings), "curve": losses, "after": evaluate(model, tokenizer, STAGES[-1], grey=True)},
+    }
+    publish(trained, args.out, training)
+    shutil.rmtree(work)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     work = args.out.with_name(args.out.name + ".partial")
     if not (work / "state.pt").exists():
         prepare(work)
-    state = fit(work, lambda done: Stream(config, args.batch, args.steps, args.seed, done), [(args.steps, args.lr)], 100, lambda model, step: evaluate(model, config, 200))
+    state = fit(work, lambda done: Stream(config, args.batch, args.steps, args.seed, done), args.steps, args.lr, 100, lambda model, step: evaluate(model, config, 200))
     recipe = {k: v for k, v in vars(args).items() if k != "out"}
     publish(work, args.out, {"recipe": recipe | {"partly_steps": PARTLY_STEPS}, "world": asdict(WORLD), "htfs": asdict(config), "curve": state["curve"]})
 
