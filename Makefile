@@ -7,7 +7,7 @@ BUILD := $(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu)
 LOCK := requirements/$(BUILD).lock
 STACKS := requirements/stacks.txt
 
-.PHONY: train test test-long setup browser lock clean
+.PHONY: train test test-long docs setup browser lock clean
 
 train: setup
 	$(BIN)/videoseg train
@@ -18,6 +18,10 @@ test: setup browser
 
 test-long: setup
 	$(BIN)/python -m pytest -m long --timeout 14400 -s
+
+# A site that needs no network: open site/index.html.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 setup: $(VENV)/.ready-$(BUILD)
 
@@ -43,4 +47,4 @@ lock: setup
 		requirements/gpu.in -o requirements/gpu.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info
