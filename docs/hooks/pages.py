@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +58,24 @@ def configuration() -> str:
     return "\n".join(parts)
 
 
-def _entries(kind: type, values: Any, prefix: str, anchor: str, leave_out: list[str] | tuple[str, ...] = ()) -> str:
+def _entries(kind: type, values: Any, prefix: str, anchor: str, leave_out: Sequence[str] = ()) -> str:
+    """The settings of a section with these default values; None: those of the class itself, which is not there by default."""
     text = ""
-    for field, inner in ((f, nested_class(types_of(kind)[f.name])) for f in dataclasses.fields(kind) if f.init and f.name not in leave_out):
-        key, value = prefix + field.name, getattr(values, field.name)
-        if inner is not None and dataclasses.is_dataclass(value):
+    for field in (f for f in dataclasses.fields(kind) if f.init and f.name not in leave_out):
+        key, of = prefix + field.name, types_of(kind)[field.name]
+        value, inner = default_of(field) if values is None else getattr(values, field.name), nested_class(of)
+        if not dataclasses.is_dataclass(value):
+            text += f"`{key}`{{: #{anchor}{key} }}\n:   {_facts(field, of, value)}\n\n    {_text(field.metadata.get('help', ''))}\n\n"
+        if inner is not None:
             text += _entries(inner, value, f"{key}.", anchor)
-        else:
-            text += f"`{key}`{{: #{anchor}{key} }}\n:   {_facts(field, types_of(kind)[field.name], value)}\n\n    {_text(field.metadata.get('help', ''))}\n\n"
     return text
 
 
 def _facts(field: dataclasses.Field, kind: Any, value: Any) -> str:
     choices, source = field.metadata.get("choices"), field.metadata.get("source")
     limits = "one of " + ", ".join(f"`{c}`" for c in choices) if choices else range_text(field.metadata)
-    return "; ".join(filter(None, (f"*{_text(describe(kind))}*", limits, f"default `{flow_yaml(value)}`" + (f" ({_text(source)})" if source else ""))))
+    default = "no default" if value is dataclasses.MISSING else f"default `{flow_yaml(value)}`" + (f" ({_text(source)})" if source else "")
+    return "; ".join(filter(None, (f"*{_text(describe(kind))}*", limits, default)))
 
 
 def _presets(kind: type, section: str) -> str:
@@ -101,84 +105,60 @@ def recipes() -> str:
     return RECIPES_HEAD + table + files
 
 
-# Per record of docs/: the command that makes it, and what the page about performance takes from it (words, place in the JSON, unit).
-RECORDS: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
-    "learner-benchmark.json": (
-        "videoseg bench learning --json docs/learner-benchmark.json",
-        (
-            ("shared prompts without padding against padded rows of one completion", "packing.padded_over_packed", "times as fast"),
-            ("the same, tokens a second: ours", "packing.response_tokens_per_second.packed", "response tokens/s"),
-            ("the same, tokens a second: padded rows", "packing.response_tokens_per_second.padded", "response tokens/s"),
-            ("log-probs in chunks against full logits, width 256", "logprobs.0.chunked_over_plain", "of the peak memory"),
-        ),
-    ),
-    "segmentation-benchmark.json": (
-        "videoseg bench segmentation --json docs/segmentation-benchmark.json",
-        (
-            ("XMem against a plain one, three objects, 240x432", "xmem.three_objects_240x432.plain_over_ours", "times as fast"),
-            ("eight hypotheses together against eight runs", "hypotheses.eight_together_over_eight_runs", "of the time"),
-            ("SAM2, eight answers about a frame: one call an answer against one call", "sam2.smallest_published_1024.naive_over_ours", "times the time"),
-            ("peak memory of tracking, 6,000 frames against 2,500", "length.6000_over_2500.peak_mb", "times as much"),
-        ),
-    ),
-    "decoding-benchmark.json": (
-        "videoseg bench decoding --json docs/decoding-benchmark.json",
-        tuple(
-            (f"H.264, key frames every 48, {order}: {reader}", f"frames_per_second.h264\\.mp4.{order}.{key}", "frames/s")
-            for order in ("sequential", "random")
-            for reader, key in (("ours", "ours"), ("decord", "decord"), ("OpenCV", "opencv"))
-        ),
-    ),
-    "reader-benchmark.json": (
-        "python benchmarks/reader.py --peer-python PEER/bin/python --json docs/reader-benchmark.json",
-        (
-            ("10 million rows: memory after the whole pass", "ten_million.results.after_100_percent_mb", "MB"),
-            ("first episode, shuffled: ours", "rates.results.shuffled ours.first_seconds", "s"),
-            ("first episode, shuffled: datasets, streaming", "rates.results.shuffled datasets_stream.first_seconds", "s"),
-        ),
-    ),
-    "evaluation-benchmark.json": (
-        "videoseg bench evaluation --json docs/evaluation-benchmark.json",
-        (("scoring a video benchmark against the way of the official evaluators", "plain_over_ours", "times as fast"),),
-    ),
-    "measures-benchmark.json": (
-        "videoseg bench measures --json docs/measures-benchmark.json",
-        (("boundary measure F against the official computation, one object", "f.1_objects.plain_over_ours", "times as fast"),),
-    ),
-    "reward-growth.json": (
-        "videoseg bench reward_growth --json docs/reward-growth.json",
-        (("rewards of 64 completions of 8 objects, default preset", "completions.of.videoseg_r1.milliseconds.64", "ms"),),
-    ),
-    "openmp-waiting.json": (
-        "videoseg bench openmp_waiting --json docs/openmp-waiting.json",
-        (
-            ("OpenMP's default waiting against ours, beside a busy process", "beside_a_busy_process.default_over_ours", "times the time"),
-            ("the same on an idle machine", "idle.default_over_ours", "times the time"),
-        ),
-    ),
+# What the page about performance takes from each record of docs/: words, place in the JSON, unit.
+RECORDS = {
+    "learner-benchmark.json": [
+        ("shared prompts without padding against padded rows of one completion", "packing.padded_over_packed", "times as fast"),
+        ("the same, tokens a second: ours", "packing.response_tokens_per_second.packed", "response tokens/s"),
+        ("the same, tokens a second: padded rows", "packing.response_tokens_per_second.padded", "response tokens/s"),
+        ("log-probs in chunks against full logits, width 256", "logprobs.0.chunked_over_plain", "of the peak memory"),
+    ],
+    "openmp-waiting.json": [
+        ("OpenMP's default waiting against ours, beside a busy process", "beside_a_busy_process.default_over_ours", "times the time"),
+        ("the same on an idle machine", "idle.default_over_ours", "times the time"),
+    ],
+    "segmentation-benchmark.json": [
+        ("XMem against a plain one, three objects, 240x432", "xmem.three_objects_240x432.plain_over_ours", "times as fast"),
+        ("eight hypotheses together against eight runs", "hypotheses.eight_together_over_eight_runs", "of the time"),
+        ("SAM2, eight answers about a frame: one call an answer against one call", "sam2.smallest_published_1024.naive_over_ours", "times the time"),
+        ("peak memory of tracking, 6,000 frames against 2,500", "length.6000_over_2500.peak_mb", "times as much"),
+    ],
+    "decoding-benchmark.json": [
+        (f"H.264, key frames every 48, {order}: {reader}", f"frames_per_second.h264/mp4.{place}.{reader.lower()}", "frames/s")
+        for order, place in (("in order", "sequential"), ("at random", "random"))
+        for reader in ("ours", "decord", "OpenCV")
+    ],
+    "reader-benchmark.json": [
+        ("10 million rows: memory after the whole pass", "ten_million.results.after_100_percent_mb", "MB"),
+        ("first episode, shuffled: ours", "rates.results.shuffled ours.first_seconds", "s"),
+        ("first episode, shuffled: Hugging Face's datasets, streaming", "rates.results.shuffled datasets_stream.first_seconds", "s"),
+    ],
+    "reward-growth.json": [("rewards of 64 completions of 8 objects, default preset", "completions.of.videoseg_r1.milliseconds.64", "ms")],
+    "measures-benchmark.json": [("boundary measure F against the official computation, one object", "f.1_objects.plain_over_ours", "times as fast")],
+    "evaluation-benchmark.json": [("scoring a video benchmark against the way of the official evaluators", "plain_over_ours", "times as fast")],
 }
 
 
-def with_records(markdown: str) -> str:
-    """The page about performance with a table of the recorded figures in place of its comment."""
-    return markdown.replace("<!-- records -->", "\n".join(_record(*given) for given in RECORDS.items()))
+def with_figures(markdown: str) -> str:
+    """The page about performance with tables of recorded figures in place of its comments."""
+    return re.sub(r"<!-- figures of (\S+) -->", lambda found: _figures(found[1]), markdown)
 
 
-def _record(name: str, given: tuple[str, tuple[tuple[str, str, str], ...]]) -> str:
-    record, (command, rows) = json.loads((DOCS / name).read_text()), given
-    machine = _found(record, "machine") if "machine" in record else next(iter(record.values()))["machine"]
-    where = f"{machine['processor']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"
-    table = "".join(f"| {what} | {_figure(_found(record, place))} {unit} |\n" for what, place, unit in rows)
-    return f"```sh\n{command}\n```\n\n[{name}]({name}); {where}.\n\n| | median (least to most) |\n|---|---|\n{table}"
+def _figures(name: str) -> str:
+    record = json.loads((DOCS / name).read_text())
+    machine = (record if "machine" in record else next(iter(record.values())))["machine"]
+    rows = "".join(f"| {what} | {_figure(_found(record, place))} {unit} |\n" for what, place, unit in RECORDS[name])
+    return f"[{name}]({name}): {machine['processor']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}; medians, and least to most.\n\n| | |\n|---|---|\n{rows}"
 
 
 def _found(record: Any, place: str) -> Any:
-    for part in re.split(r"(?<!\\)\.", place):
-        record = record[int(part)] if isinstance(record, list) else record[part.replace("\\.", ".")]
+    """Keys with dots between them; a slash stands for a dot inside of one."""
+    for part in place.split("."):
+        record = record[int(part)] if isinstance(record, list) else record[part.replace("/", ".")]
     return record
 
 
 def _figure(value: Any) -> str:
     if isinstance(value, dict):
-        return f"{value['median']:,g} ({value['min']:,g} to {value['max']:,g})"
-    return f"{value:,g}"
+        return f"{_figure(value['median'])} ({_figure(value['min'])} to {_figure(value['max'])})"
+    return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
