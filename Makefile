@@ -21,7 +21,7 @@ test-long: setup
 
 # A site that needs no network: open site/index.html.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 setup: $(VENV)/.ready-$(BUILD)
 

@@ -56,7 +56,7 @@ RUN_HERE = {"config", "plan", "status", "report", "data inspect", "data import o
 MODULES_RUN_HERE = {"examples.own_videos", "examples.rewards.score_completions"}
 # Words that stand for something of the reader's: what is there in their place when commands are run.
 PLACEHOLDERS = {
-    "RUN": "runs/latest", "RECIPE": "debug", "CONFIG": "debug", "[CONFIG]": "debug", "NAME": "debug", "DATA": "data/toy", "KIND": "own", "SRC": "mine", "OUT": "out",
+    "RUN": "runs/latest", "RECIPE": "debug", "CONFIG": "debug", "[CONFIG]": "debug", "NAME": "learning", "DATA": "data/toy", "KIND": "own", "SRC": "mine", "OUT": "out",
     "X1": "40", "Y1": "30", "X2": "90", "Y2": "80",
 }  # fmt: skip
 SYNOPSIS = {"...", "[key=value", "...]", "key=value", "&"}
@@ -110,7 +110,8 @@ def command(where, words, inline):
     while ENVIRONMENT.fullmatch(words[0]):
         words = words[1:]
     words = [PLACEHOLDERS.get(word, word) for word in words if word not in SYNOPSIS]
-    return Command(where, (words[0].removeprefix(".venv/bin/"), *words[1:]), inline)
+    words[0] = words[0].removeprefix(".venv/bin/")
+    return Command(where, tuple(words[2:] if words[:3] == ["python", "-m", "pytest"] else words), inline)
 
 
 COMMANDS = list({c.words + (c.inline,): c for page in PAGES for c in commands_of(page.read_text(), str(page.relative_to(ROOT)))}.values())

@@ -21,7 +21,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     texts = [file.content_string for file in files.documentation_pages()]
-    for path in sorted({path for text in texts for path in OUTSIDE.findall(text)}):
+    for path in sorted({path for text in texts for path in OUTSIDE.findall(text) if (ROOT / path).is_file()}):
         files.append(File.generated(config, f"files/{path}", abs_src_path=str(ROOT / path)))
     return files
 
