@@ -1,4 +1,4 @@
-"""The commands that ask a policy: `videoseg segment` and `videoseg eval`. As in `cluster.cli`, everything heavy is imported inside the commands."""
+"""The commands that ask a policy: `videoseg segment`, `videoseg demo` and `videoseg eval`. As in `cluster.cli`, everything heavy is imported inside the commands."""
 
 from __future__ import annotations
 
@@ -31,6 +31,19 @@ def add_to(commands: Any) -> None:
     command.add_argument("--rle", action="store_true", help="masks.json of COCO RLEs in place of the PNGs")
     command.add_argument("--no-overlay", action="store_true", help="write no overlay.mp4")
     command.add_argument("--fps", type=float, default=24.0, metavar="N", help="frames a second of a folder of images (default 24)")
+
+    rule = (
+        "Upload a video, write a query, see masks, frames and reasoning. Without --policy the toy policy answers, about toy videos that are there to\n"
+        "choose from. Settings are those of `videoseg segment`. The page has no authentication: it is for this machine, unless --host says\n"
+        "otherwise. Ctrl-C stops it. Needs gradio: pip install 'videoseg-r1[demo]'. docs/demo.md"
+    )
+    command = add_command(commands, "demo", demo, "videoseg demo --policy runs/latest", rule)
+    command.add_argument("settings", metavar="key=value", nargs="*", help="settings, as for `videoseg segment`")
+    command.add_argument("--policy", metavar="CKPT", help="as for `videoseg segment` (default: the toy policy)")
+    command.add_argument("--config", metavar="CONFIG", help="recipe or YAML file of settings (default: as for `videoseg segment`)")
+    command.add_argument("--sampler", default="middle", metavar="NAME", help="target frame: middle (default), first, htfs, or a YAML file of `videoseg sample-frames`")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine alone)")
+    command.add_argument("--port", type=int, metavar="N", help="its port (default 7860, or a free one where that is taken; 0: any free one)")
 
     rule = (
         "BENCHMARK: revos, mevis, ref_youtube_vos, ref_davis17, reasonvos, reasonseg, refcoco, refcoco+, refcocog, own (your videos), or\n"
@@ -70,6 +83,17 @@ def segment(options: argparse.Namespace) -> None:
     outputs = segmenting.Outputs(png=not options.rle, rle=options.rle, overlay=not options.no_overlay)
     statuses = segmenting.segment_videos(policy, videos, queries, Path(options.out), sampling, outputs, options.fps)
     print(segmenting.summary(Path(options.out), statuses))
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Serve a page in the browser that segments what a query refers to in a video: masks, frames and the policy's reasoning."""
+    stray, settings = file_and_overrides(options)
+    if stray is not None:
+        raise UserError(f"'{stray}' is not a setting", "a policy is given as --policy CKPT, a recipe as --config CONFIG, a video in the page")
+    from cluster import demo as showing
+
+    policy, sampling = _policy_and_sampling(options.policy, options, settings)
+    showing.serve(policy, sampling, options.host, options.port, toy=options.policy is None)
 
 
 def _policy_and_sampling(given: str | None, options: argparse.Namespace, settings: Sequence[str]) -> tuple[Any, Any]:

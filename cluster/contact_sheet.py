@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from rollout.episodes import Episode, read_episodes
 from rollout.order import uniform_frames
-from segmentation_service.overlay import draw_overlay
+from segmentation_service.overlay import draw_overlay, draw_points
 from segmentation_service.video import read_frames
 
 FRAMES, HEIGHT, WIDTH, MARGIN, CAPTION = 3, 180, 320, 8, 44
@@ -78,8 +78,4 @@ def drawn_frame(episode: Episode, t: int, frame_HW3: np.ndarray) -> np.ndarray:
     frame_HW3[episode.ignored(t)] = IGNORED
     visible = episode.visible(t)
     masks = episode.masks(t) if episode.has_masks else np.zeros((len(visible), *frame_HW3.shape[:2]), bool)
-    drawn = Image.fromarray(draw_overlay(frame_HW3, list(masks), [a.box for a in visible]))
-    radius = max(2, min(frame_HW3.shape[:2]) // 80)
-    for annotation in visible:
-        ImageDraw.Draw(drawn).circle(annotation.point, radius, "white", "black")
-    return np.asarray(drawn)
+    return draw_points(draw_overlay(frame_HW3, list(masks), [a.box for a in visible]), [a.point for a in visible])

@@ -207,9 +207,10 @@ def default_sampler(settings: RunConfig, name: str = "middle") -> FrameSampler:
     return Baseline(name, [], settings.prompt.reference_frames)
 
 
-def check_tracking(settings: RunConfig, episodes: Iterable[Episode]) -> None:
-    """Raises UserError where masks would have to be carried through a video and nothing is configured that does it."""
-    if settings.segmentation.propagation.checkpoint is None and any(e.num_frames > 1 for e in episodes):
+def check_tracking(settings: RunConfig, episodes: Iterable[Episode] | None = None) -> None:
+    """Raises UserError where masks would have to be carried through a video (None: through whatever videos come) and nothing is configured
+    that does it."""
+    if settings.segmentation.propagation.checkpoint is None and (episodes is None or any(e.num_frames > 1 for e in episodes)):
         raise UserError(
             "segmentation.propagation.checkpoint is null, so nothing carries masks from the target frame to the others",
             "set it to weights such as XMem.pth, or set segmentation.propagation.method=sam2 and segmentation.propagation.checkpoint=facebook/sam2.1-hiera-large",

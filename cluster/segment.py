@@ -100,18 +100,19 @@ def segment_videos(
     outputs: Outputs = Outputs(),
     fps: float = FOLDER_FPS,
     note: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    note_seconds: float = NOTE_SECONDS,
     start: Callable[[Policy], AbstractContextManager[Inference]] = Inference,
 ) -> dict[Path, str]:
     """Answers every query about every video into OUT/<video>/<query>/; the status of each of these folders, those done before included.
 
-    Nothing is loaded where nothing is left to do. `note` is told how it goes. Raises UserError where something is in the way, before
-    anything starts.
+    Nothing is loaded where nothing is left to do. `note` is told how it goes, while masks are tracked every `note_seconds`. Raises UserError
+    where something is in the way, before anything starts.
     """
     if not 0 < fps < inf:
         raise UserError(f"fps = {fps:g}: frames a second are a number above 0", "for example --fps 24")
     sampling.check(policy)
     asked, settings = _queries(videos, queries, out), settings_fingerprint(policy, sampling)
-    report = Report(policy.name, settings, {q.place: finished(q.place, q.text, q.video, settings) for q in asked}, note)
+    report = Report(policy.name, settings, {q.place: finished(q.place, q.text, q.video, settings) for q in asked}, note, note_seconds)
     left = [q for q in asked if report.statuses[q.place] is None]
     if len(left) < len(asked):
         note(f"{len(asked) - len(left)} of {len(asked)} queries were finished before and are skipped")
@@ -140,6 +141,7 @@ class Report:
     settings: str
     statuses: dict[Path, str | None]
     note: Callable[[str], None]
+    note_seconds: float = NOTE_SECONDS
     begun: float = field(default_factory=time.monotonic)
 
     def without_masks(self, query: Query, answered: Answered) -> None:
@@ -254,7 +256,7 @@ def _masks_to_files(
         masks = model.masks(video, target, [a.answer for _, a in about])
         segmented = time.perf_counter()
         folders += [QueryFolder(q.place, (a.episode.height, a.episode.width), a.episode.num_frames, outputs) for q, a in about]
-        for t, g, masks_NHW in model.track(video, target, masks, progress=_tracking(path, report.note)):
+        for t, g, masks_NHW in model.track(video, target, masks, progress=_tracking(path, report)):
             folders[g].add(t, masks_NHW)
         seconds = {"segment": segmented - start, "track": time.perf_counter() - segmented - sum(f.seconds for f in folders)}
         for (query, answered), folder, masks_NHW in zip(about, folders, masks):
@@ -267,16 +269,16 @@ def _masks_to_files(
             folder.discard()
 
 
-def _tracking(path: Path, note: Callable[[str], None]) -> Callable[[int, int], None]:
+def _tracking(path: Path, report: Report) -> Callable[[int, int], None]:
     """Tells from time to time how far it is."""
     begun = said = time.monotonic()
 
     def progress(done: int, total: int) -> None:
         nonlocal said
         now = time.monotonic()
-        if now - said >= NOTE_SECONDS:
+        if now - said >= report.note_seconds:
             said = now
-            note(f"{path.name}: {done} of {total} frames tracked, {duration((now - begun) / done * (total - done))} left")
+            report.note(f"{path.name}: {done} of {total} frames tracked, {duration((now - begun) / done * (total - done))} left")
 
     return progress
 

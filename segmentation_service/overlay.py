@@ -42,6 +42,18 @@ def draw_overlay(frame_HW3: np.ndarray, masks: Sequence, boxes: Sequence[Sequenc
     return drawn_HW3
 
 
+def draw_points(frame_HW3: np.ndarray, points: Sequence[Sequence[float]], fill: str = "white", edge: str = "black") -> np.ndarray:
+    """A copy of the frame with a disc at each (x, y) in it, pixels; points outside are left out. RGB uint8 (H, W, 3)."""
+    from PIL import Image, ImageDraw
+
+    height, width = frame_HW3.shape[:2]
+    drawn, radius = Image.fromarray(frame_HW3), max(2, min(height, width) // 80)
+    for x, y in points:
+        if 0 <= x < width and 0 <= y < height:
+            ImageDraw.Draw(drawn).circle((x, y), radius, fill, edge)
+    return np.array(drawn)
+
+
 def save_overlay(path: str | Path, frame_HW3: np.ndarray, masks: Sequence, boxes: Sequence[Sequence[float] | None] | None = None) -> Path:
     """`draw_overlay` as a PNG file, written under a temporary name and then renamed."""
     from PIL import Image
