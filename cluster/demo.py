@@ -43,7 +43,7 @@ PORT = 7860  # Gradio's own
 MAX_UPLOAD, MAX_WAITING = "1gb", 20
 CACHE_SECONDS = (600, 3600)  # how often files of the page are looked through, and at what age they go
 FRAME_HEIGHT = 480  # pixels, to which smaller frames are enlarged before anything is drawn in
-EXAMPLES = ((502, "the green square"),)
+EXAMPLES = ((749, "the largest shape"), (735, "the blue square"), (502, "the green square"), (518, "the yellow triangle"))
 """Seeds of toy videos with a query that the toy policy answers."""
 
 SAID = {
@@ -53,6 +53,8 @@ SAID = {
 }
 """Of answers without a mask. Others (`too_long`, `unreadable`) bring an error."""
 CSS = """
+button[aria-label="Trim video to selection"] { display: none }  /* it would fetch an ffmpeg from the internet */
+.html-container:has(.status) { padding: 0 }
 .status { padding: .6em .9em; border-radius: 8px; border-left: 4px solid var(--neutral-400); background: var(--background-fill-secondary) }
 .status.ok { border-color: #16a34a } .status.none { border-color: #d97706 } .status.error { border-color: #dc2626 }
 """
@@ -60,15 +62,20 @@ CSS = """
 
 @dataclass(frozen=True)
 class Reply:
-    """What the page shows of a question. kind: `ok`, `none` (an answer without a mask) or `error`. frames: RGB uint8 (H, W, 3), each with its caption.
-    record: answer.json."""
+    """What the page shows of a question. kind: `ok`, `none` (an answer without a mask) or `error`. target: the target frame with masks, boxes and points,
+    shown: the others with masks and captions, RGB uint8 (H, W, 3). record: answer.json."""
 
     kind: str
     message: str
     overlay: Path | None = None
+    target: np.ndarray | None = None
+    shown: Sequence[tuple[np.ndarray, str]] = ()
     reasoning: str = ""
-    frames: Sequence[tuple[np.ndarray, str]] = ()
     record: dict[str, Any] | None = None
+
+    def values(self) -> tuple[Any, ...]:
+        """Of the page's components."""
+        return _status(self.message, self.kind), self.overlay and str(self.overlay), self.target, self.reasoning, list(self.shown), self.record
 
 
 class Left(Exception):
@@ -162,14 +169,11 @@ def reply(model: Inference, sampling: Sampling, question: Question) -> Reply:
         message = f"{count} object{'s' * (count > 1)} in {record['num_frames']} frame{'s' * (record['num_frames'] > 1)}, {sum(record['seconds'].values()):.1f} s"
     else:
         message = SAID.get(status) or record["error"].replace(f"{video.parent}/", "")
-    return Reply(
-        "ok" if status == "ok" else "none" if status in SAID else "error",
-        message,
-        place / OVERLAY if status in MASKED else None,
-        record["reasoning"] or record["completion"] or "",
-        _drawn(video, place, record) if status in MASKED else (),
-        record,
-    )
+    kind, reasoning = "ok" if status == "ok" else "none" if status in SAID else "error", record["reasoning"] or record["completion"] or ""
+    if status not in MASKED:
+        return Reply(kind, message, reasoning=reasoning, record=record)
+    drawn = _drawn(video, place, record)
+    return Reply(kind, message, place / OVERLAY, drawn[record["target_frame"]], [(drawn[t], f"frame {t}") for t in record["shown_frames"]], reasoning, record)
 
 
 def _refusal(error: Exception, question: Question) -> Reply:
@@ -182,21 +186,18 @@ def _refusal(error: Exception, question: Question) -> Reply:
     return Reply("error", "; ".join(filter(None, known)))
 
 
-def _drawn(video: Path, place: Path, record: dict[str, Any]) -> list[tuple[np.ndarray, str]]:
-    """The frames that the policy was shown, the target frame first: with their masks, that one also with the answer's boxes and points."""
-    target, objects = record["target_frame"], record["objects"]
-    frames, drawn = read_frames(video, [target, *record["shown_frames"]]), []
+def _drawn(video: Path, place: Path, record: dict[str, Any]) -> dict[int, np.ndarray]:
+    """The frames that the policy was shown, by number, RGB uint8 (H, W, 3): with their masks, the target frame also with the answer's boxes and points."""
+    target, objects, drawn = record["target_frame"], record["objects"], {}
     times = max(1, round(FRAME_HEIGHT / record["height"]))
     larger = lambda values_HW: values_HW.repeat(times, 0).repeat(times, 1)
-    for t in [target, *(t for t in record["shown_frames"] if t != target)]:
+    for t, frame_HW3 in read_frames(video, [target, *record["shown_frames"]]).items():
         numbers_HW = np.asarray(Image.open(place / MASKS / f"{t:05d}.png"))
         masks = [larger(numbers_HW == o["object"]) for o in objects]
         boxes = [o["box"] and [times * v for v in o["box"]] for o in objects] if t == target else None
-        frame_HW3 = draw_overlay(larger(frames[t]), masks, boxes)
-        if t == target:
-            for name, fill, edge in (("points", "white", "black"), ("negative_points", "black", "white")):
-                frame_HW3 = draw_points(frame_HW3, [[times * v for v in p] for o in objects for p in o[name]], fill, edge)
-        drawn.append((frame_HW3, f"frame {t}" + (", the target: boxes and points as answered" if t == target else "")))
+        drawn[t] = draw_overlay(larger(frame_HW3), masks, boxes)
+    for name, fill, edge in (("points", "white", "black"), ("negative_points", "black", "white")):
+        drawn[target] = draw_points(drawn[target], [[times * v for v in point] for o in objects for point in o[name]], fill, edge)
     return drawn
 
 
@@ -248,39 +249,38 @@ def make_page(gradio: Any, desk: Desk, about: str, examples: Sequence[Sequence[s
     """The page as an ASGI application. about: who answers. examples: a video and a query each."""
     from fastapi import FastAPI
 
-    class Video(gradio.Video):
-        """A video that was uploaded. Gradio would fetch one of which only the address is given."""
-
-        async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> Any:
-            if str(url_or_file_path).lower().startswith(("http:", "https:")):
-                raise gradio.Error("A video is uploaded, not linked to.", print_exception=False)
-            return await super().async_move_resource_to_block_cache(url_or_file_path)
-
     def ask(video: str | None, query: str) -> Iterator[tuple[Any, ...]]:
-        yield _status("Waiting ..."), None, "", [], None
+        yield Reply("", "Waiting ...").values()
         for said in desk.ask(video, query):
-            if isinstance(said, Reply):
-                yield _status(said.message, said.kind), said.overlay and str(said.overlay), said.reasoning, list(said.frames), said.record
-            else:
-                yield _status(said), *[gradio.skip()] * 4
+            yield said.values() if isinstance(said, Reply) else (_status(said), *[gradio.skip()] * (len(outputs) - 1))
+
+    async def uploaded(path: str) -> str | None:
+        if path.startswith(("http:", "https:")):
+            raise gradio.Error("A video is uploaded, not linked to.", print_exception=False)
+        return await fetch(path)
 
     with gradio.Blocks(title="VideoSeg-R1", analytics_enabled=False, delete_cache=CACHE_SECONDS) as blocks:
         gradio.Markdown(f"# VideoSeg-R1\nReasoning video object segmentation: a video and a query in, masks and the reasoning behind them out. `{about}` answers.")
         with gradio.Row():
             with gradio.Column(scale=2, min_width=320):
-                video = Video(label="Video", sources=["upload"], height=280, loop=True)
+                video = gradio.Video(label="Video", sources=["upload"], height=280, loop=True)
                 query = gradio.Textbox(label="Query", placeholder="what to segment, for example: the shape that turns back", lines=1)
                 button = gradio.Button("Segment", variant="primary")
                 if examples:
                     gradio.Examples([list(e) for e in examples], [video, query], label="Examples: toy world", cache_examples=False)
             with gradio.Column(scale=3, min_width=320):
-                status = gradio.HTML(_status("Choose a video and write a query."), label="Status")
-                masked = gradio.Video(label="Masked video", interactive=False, autoplay=True, loop=True, height=340)
+                status = gradio.HTML(_status("Upload a video" + " or choose an example" * bool(examples) + ", and write a query."))
+                with gradio.Row():
+                    overlay = gradio.Video(label="Masked video", interactive=False, autoplay=True, loop=True, height=280, min_width=280)
+                    target = gradio.Image(label="Target frame: boxes and points as answered", interactive=False, height=280, min_width=280, format="png", buttons=["download", "fullscreen"])
                 reasoning = gradio.Textbox(label="Reasoning", lines=2, max_lines=20, interactive=False)
-                frames = gradio.Gallery(label="Frames that the policy was shown", columns=3, object_fit="contain", interactive=False, format="png")
+                shown = gradio.Gallery(label="Frames that the policy was shown besides", columns=4, height=None, object_fit="contain", interactive=False, format="png")
                 with gradio.Accordion("answer.json", open=False):
                     record = gradio.JSON(show_label=False)
-        gradio.on([button.click, query.submit], ask, [video, query], [status, masked, reasoning, frames, record], api_name="segment", show_progress_on=[status])
+        fetch = video.async_move_resource_to_block_cache
+        video.async_move_resource_to_block_cache = uploaded  # Gradio would fetch a video of which only the address is given
+        outputs = [status, overlay, target, reasoning, shown, record]
+        gradio.on([button.click, query.submit], ask, [video, query], outputs, api_name="segment", scroll_to_output=True, show_progress="minimal", show_progress_on=[status])
     blocks.queue(default_concurrency_limit=1, max_size=MAX_WAITING)
     app = gradio.mount_gradio_app(
         FastAPI(openapi_url=None), blocks, "/", footer_links=[], run_history=False, max_file_size=MAX_UPLOAD, show_error=True, ssr_mode=False, mcp_server=False, pwa=False,
