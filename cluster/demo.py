@@ -54,7 +54,7 @@ SAID = {
 """Of answers without a mask. Others (`too_long`, `unreadable`) bring an error."""
 CSS = """
 button[aria-label="Trim video to selection"] { display: none }  /* it would fetch an ffmpeg from the internet */
-.html-container:has(.status) { padding: 0 }
+.html-container:has(.status) { padding: 0 !important }
 .status { padding: .6em .9em; border-radius: 8px; border-left: 4px solid var(--neutral-400); background: var(--background-fill-secondary) }
 .status.ok { border-color: #16a34a } .status.none { border-color: #d97706 } .status.error { border-color: #dc2626 }
 """
