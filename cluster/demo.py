@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import os
 import signal
 import sys
@@ -110,14 +111,14 @@ class Kept(Sampling):
 
 
 class Desk:
-    """Where questions wait for the thread that answers them."""
+    """Where questions wait for the thread that answers them. Files of answers lie in a folder."""
 
-    def __init__(self) -> None:
-        self._waiting: SimpleQueue[Question] = SimpleQueue()
+    def __init__(self, folder: str) -> None:
+        self._folder, self._waiting = folder, SimpleQueue[Question]()
 
     def ask(self, video: str | None, query: str) -> Iterator[str | Reply]:
         """How it goes, and at last the Reply, whose files are there until the generator goes on or is closed."""
-        with tempfile.TemporaryDirectory(prefix="videoseg-answer-", ignore_cleanup_errors=True) as out:
+        with tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as out:
             question = Question(video, query or "", Path(out))
             self._waiting.put(question)
             try:
@@ -206,8 +207,8 @@ def serve(policy: Policy, sampling: Sampling, host: str = "127.0.0.1", port: int
     toy world. Raises UserError before anything is loaded."""
     sampling.check(policy)
     check_tracking(policy.settings)
-    with tempfile.TemporaryDirectory(prefix="videoseg-demo-") as folder, _listening(host, port) as listening:
-        gradio, desk = _gradio(folder), Desk()
+    with tempfile.TemporaryDirectory(prefix="videoseg-demo-", ignore_cleanup_errors=True) as folder, _listening(host, port) as listening:
+        gradio, desk = _gradio(f"{folder}/gradio"), Desk(folder)
         examples = write_examples(Path(folder)) if toy else []
         app = make_page(gradio, desk, f"{policy.name} on {policy.settings.cluster.device}", examples)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -303,5 +304,6 @@ def _serving(app: Any, listening: socket) -> Iterator[None]:
     try:
         yield
     finally:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off now is no error
         http.should_exit = http.force_exit = True  # pages that are open keep a connection for as long as they are
         thread.join()
