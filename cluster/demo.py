@@ -238,6 +238,7 @@ def _listening(host: str, port: int | None) -> socket:
 
 def _gradio(folder: str) -> Any:
     """The package, told before its import to keep its files in this folder and to report to nobody. Raises UserError where it is not installed."""
+    Path(folder).mkdir()
     os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
     try:
         import gradio

@@ -171,7 +171,7 @@ def test_in_a_browser_wide_and_on_a_phone(app, examples):
             button.click()
             tab.locator(".status.error", has_text="there is no video").wait_for()
             tab.get_by_role("gridcell", name=query).click()
-            expect(tab.get_by_label("Query")).to_have_value(query, timeout=60_000)
+            expect(tab.get_by_role("textbox", name="Query")).to_have_value(query, timeout=60_000)
             button.click()
             tab.locator(".status.ok", has_text="1 object in").wait_for()
             tab.locator("video[src*='overlay.mp4']").wait_for()

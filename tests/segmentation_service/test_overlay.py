@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from segmentation_service.masks import encode_rle
-from segmentation_service.overlay import draw_overlay, save_overlay
+from segmentation_service.overlay import draw_overlay, draw_points, save_overlay
 from segmentation_service.service_request import Rle
 
 
@@ -49,6 +49,13 @@ def test_boxes_are_drawn_where_they_are_even_if_they_leave_the_frame(mask):
     assert changed[:4].sum() == 0 and changed[17:].sum() == 0
     assert (draw_overlay(frame, [empty], [(-50, -50, 500, 500)]) == 90).all()
     assert (draw_overlay(frame, [empty], [(-50, 20, 500, 500)])[20] != 90).any(-1).all()
+
+
+def test_points_are_drawn_where_they_are_and_left_out_elsewhere():
+    frame = np.full((60, 100, 3), 90, np.uint8)
+    drawn = draw_points(frame, [(50, 30), (1e12, 5), (-3, 5)])
+    changed = (drawn != 90).any(-1)
+    assert (drawn[30, 50] == 255).all() and changed[27:34, 47:54].sum() == changed.sum() > 4 and (frame == 90).all()
 
 
 def test_saved_as_png_and_nothing_else_left(mask, tmp_path):
