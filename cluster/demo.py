@@ -44,7 +44,7 @@ PORT = 7860  # Gradio's own
 MAX_UPLOAD, MAX_WAITING = "1gb", 20
 CACHE_SECONDS = (600, 3600)  # how often files of the page are looked through, and at what age they go
 FRAME_HEIGHT = 480  # pixels, to which smaller frames are enlarged before anything is drawn in
-EXAMPLES = ((749, "the largest shape"), (735, "the blue square"), (502, "the green square"), (518, "the yellow triangle"))
+EXAMPLES = ((562, "the largest shape"), (592, "the white cross"), (502, "the green square"), (518, "the yellow triangle"))
 """Seeds of toy videos with a query that the toy policy answers."""
 
 SAID = {

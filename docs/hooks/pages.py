@@ -135,6 +135,13 @@ RECORDS = {
     ],
     "reward-growth.json": [("rewards of 64 completions of 8 objects, default preset", "completions.of.videoseg_r1.milliseconds.64", "ms")],
     "measures-benchmark.json": [("boundary measure F against the official computation, one object", "f.1_objects.plain_over_ours", "times as fast")],
+    "pipeline-benchmark.json": [
+        ("one step off: a step over the slower of generation and learning, which take the same", "efficiency.4.step_over_slower", "times the time"),
+        ("the same where learning takes twice as long", "efficiency.5.step_over_slower", "times the time"),
+        ("controller: pipeline and ledger, 4,096 groups a step", "controller.3.microseconds_a_group", "microseconds a group"),
+        ("controller: with calls of eight actors, and rewards", "engines.3.microseconds_a_group", "microseconds a group"),
+    ],
+    "simulator-benchmark.json": [("largest error of six predicted step times", "largest_error", "of the measured time")],
     "evaluation-benchmark.json": [("scoring a video benchmark against the way of the official evaluators", "plain_over_ours", "times as fast")],
 }
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cluster import checkpoints
 from cluster.config import load
 from cluster.metrics import read_metrics
 from rollout.toy_data import ToyDataConfig, write_toy_data
@@ -65,12 +66,13 @@ def run(name: str, overrides: list[str], folder: Path) -> Path:
 
 
 def summarise(folder: Path) -> dict:
-    """Held-out numbers before and after, their differences, and the training curves of one run."""
+    """The fingerprint of the policy that it began from, held-out numbers before and after, their differences, and the training curves of one run."""
     records = read_metrics(folder / "metrics.jsonl")
     evaluations = [r for r in records if "eval/iou/box" in r]
     steps = [r for r in records if "reward/mean" in r]
     before, after = ({k.removeprefix("eval/"): v for k, v in e.items() if k.startswith("eval/")} for e in (evaluations[0], evaluations[-1]))
     return {
+        "policy": checkpoints.latest(folder / "checkpoints", hashes=False)[0].manifest["policy"],
         "steps": len(steps),
         "before": before,
         "after": after,
