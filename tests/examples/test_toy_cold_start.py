@@ -15,7 +15,7 @@ from rollout.episodes import read_episodes
 from tests.conftest import TOY
 
 SMALL = ColdStart()
-SMALL = replace(SMALL, scenes=replace(SMALL.scenes, train=40, valid_u=8), grey=replace(SMALL.grey, train=20), steps=10, batch=16, hedged=0.2)
+SMALL = replace(SMALL, scenes=replace(SMALL.scenes, train=20, valid_u=4), grey=replace(SMALL.grey, train=10), steps=10, batch=16, hedged=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_answers_are_about_their_frames(done):
         iou, perhaps = mean_box_iou(said.to_frame("pixels", hw, target.image_size), target), "Perhaps" in row["response"]
         assert (0.35 if perhaps else 0.7) < iou <= (0.5 if perhaps else 1.0)
         hedged += perhaps
-    assert answered == episodes.keys() and hedged > 50 and grey > 50
+    assert answered == episodes.keys() and hedged > 10 and grey > 50
 
 
 def test_the_cold_start_is_learned_and_exported(done):
