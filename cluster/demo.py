@@ -54,6 +54,8 @@ SAID = {
 }
 """Of answers without a mask. Others (`too_long`, `unreadable`) bring an error."""
 CSS = """
+.shown, .shown .grid-wrap { height: auto !important; min-height: 0 !important; max-height: none !important }
+.shown .grid-container { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)) !important; height: auto !important }
 button[aria-label="Trim video to selection"] { display: none }  /* it would fetch an ffmpeg from the internet */
 .html-container:has(.status) { padding: 0 !important }
 .status { padding: .6em .9em; border-radius: 8px; border-left: 4px solid var(--neutral-400); background: var(--background-fill-secondary) }
@@ -276,7 +278,7 @@ def make_page(gradio: Any, desk: Desk, about: str, examples: Sequence[Sequence[s
                     overlay = gradio.Video(label="Masked video", interactive=False, autoplay=True, loop=True, height=280, min_width=280)
                     target = gradio.Image(label="Target frame: boxes and points as answered", interactive=False, height=280, min_width=280, format="png", buttons=["download", "fullscreen"])
                 reasoning = gradio.Textbox(label="Reasoning", lines=2, max_lines=20, interactive=False)
-                shown = gradio.Gallery(label="Frames that the policy was shown besides", columns=4, height=None, object_fit="contain", interactive=False, format="png")
+                shown = gradio.Gallery(label="Frames that the policy was shown besides", columns=4, height=None, object_fit="contain", interactive=False, format="png", elem_classes="shown")
                 with gradio.Accordion("answer.json", open=False):
                     record = gradio.JSON(show_label=False)
         fetch = video.async_move_resource_to_block_cache
