@@ -109,9 +109,13 @@ def controller(rounds: int) -> list[dict]:
                 start = time.process_time()
                 asyncio.run(one(folder))
                 seconds.append((time.process_time() - start) / (8 * groups))
-        found.append({"groups_a_step": groups, "microseconds_a_group": round(1e6 * median(seconds), 1), "largest": round(1e6 * max(seconds), 1)})
+        found.append({"groups_a_step": groups} | microseconds(seconds))
         print(f"  {found[-1]}", file=sys.stderr, flush=True)
     return found
+
+
+def microseconds(seconds: list[float]) -> dict[str, float]:
+    return {"microseconds_a_group": round(1e6 * median(seconds), 1), "largest": round(1e6 * max(seconds), 1)}
 
 
 class Answering:
@@ -155,7 +159,7 @@ def engines(rounds: int) -> list[dict]:
         seconds = asyncio.run(timed())
         for each in actors:
             ray.kill(each)
-        found.append({"engines": count, "microseconds_a_group": round(1e6 * median(seconds), 1), "largest": round(1e6 * max(seconds), 1)})
+        found.append({"engines": count} | microseconds(seconds))
         print(f"  {found[-1]}", file=sys.stderr, flush=True)
     ray.shutdown()
     return found

@@ -4,7 +4,7 @@
 
     calibration  synchronous runs with other numbers of sequences: from their step times a decoding step's cost, a sequence's share of it, and an update's, by least squares on simulated ones
     predictions  other numbers of engines, sequences at a time and groups, and asynchronous modes: step seconds as measured and as simulated with the calibrated costs
-    controller   what a thousand engines cost: simulated step seconds and utilisation, where the learner is the limit and where it is not
+    scaling      what a thousand engines cost: simulated step seconds and utilisation, where the learner is the limit and where it is not
 """
 
 from __future__ import annotations

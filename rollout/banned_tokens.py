@@ -11,7 +11,6 @@ CONFIG_KEY = "videoseg_banned_token_ids"  # where vLLM's additional_config carri
 MEDIA_CONFIG_KEYS = ("image_token_id", "video_token_id", "vision_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-
 def holds_media_token(text: str) -> bool:
     """Whether a text would be taken for a picture's place in a prompt."""
     return any(token in text for token in MEDIA_TOKENS)

@@ -190,7 +190,10 @@ def test_what_is_not_run_here_is_run_by_another_test():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, toy_data):
     """A folder in which the docs' relative paths lead to toy data and to runs of a few steps."""
-    from tests.cluster.test_report import AutoTokenizer, made, read_episodes
+    from transformers import AutoTokenizer
+
+    from rollout.episodes import read_episodes
+    from tests.cluster.test_report import made
 
     there = tmp_path_factory.mktemp("docs")
     for name in ("toy", "mevis"):

@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,9 @@ import numpy as np
 from cluster.config import load
 from cluster.metrics import read_metrics
 from cluster.policies import SETTINGS
+from examples.toy.runs import run_to_its_end, videoseg
 from examples.toy.teacher import NOTHING, answer
-from rollout.episodes import read_episodes
+from rollout.episodes import Episode, read_episodes
 from rollout.toy_data import ToyDataConfig, video_of, write_toy_data
 
 DEBUG = load("debug")  # the policy learns the very prompt, and the frames, that it is trained with later
@@ -57,14 +57,18 @@ def write_demonstrations(out: Path, config: ColdStart) -> None:
     with open(work / "answers.jsonl", "w", encoding="utf-8") as lines:
         for name, data in (("scenes", config.scenes), ("grey", config.grey)):
             write_toy_data(work / name, data)
-            for split in ("train", "valid_u"):
-                for episode in read_episodes(work / name / split):
-                    video, query = video_of(episode, data.world)
-                    visible = episode.target_frames(DEBUG.data.min_target_share)
-                    for t in rng.choice(visible, min(ANSWERS, len(visible)), replace=False).tolist():
-                        text = NOTHING if data.grey else answer(video, query, t, tuple(DEBUG.prompt.target_size), rng, config.hedged)
-                        lines.write(json.dumps({"episode_id": episode.episode_id, "response": text, "target_frame": t}) + "\n")
+            episodes = (episode for split in ("train", "valid_u") for episode in read_episodes(work / name / split))
+            lines.writelines(json.dumps(row) + "\n" for episode in episodes for row in answers_to(episode, data, config.hedged, rng))
     os.replace(work, out)
+
+
+def answers_to(episode: Episode, data: ToyDataConfig, hedged: float, rng: np.random.Generator) -> Iterator[dict]:
+    """The teacher's, as `sft.answers` takes them."""
+    video, query = video_of(episode, data.world)
+    visible = episode.target_frames(DEBUG.data.min_target_share)
+    for t in rng.choice(visible, min(ANSWERS, len(visible)), replace=False).tolist():
+        text = NOTHING if data.grey else answer(video, query, t, tuple(DEBUG.prompt.target_size), rng, hedged)
+        yield {"episode_id": episode.episode_id, "response": text, "target_frame": t}
 
 
 def cold_start(base: Path, work: Path, out: Path, config: ColdStart = ColdStart()) -> list[dict]:
@@ -73,14 +77,9 @@ def cold_start(base: Path, work: Path, out: Path, config: ColdStart = ColdStart(
     data, run = work / "data", work / "cold-start"
     if not data.exists():
         write_demonstrations(data, config)
-    command = [sys.executable, "-m", "cluster.cli"]
-    if list((run / "checkpoints").glob("step_*")):
-        subprocess.run([*command, "resume", str(run)], check=True)
-    else:
-        shutil.rmtree(run, ignore_errors=True)  # interrupted before its first checkpoint
-        subprocess.run([*command, "sft", "debug", *config.overrides(base, data), f"run.dir={work}", f"run.name={run.name}"], check=True)
+    run_to_its_end(run, "sft", "debug", *config.overrides(base, data))
     shutil.rmtree(out, ignore_errors=True)
-    subprocess.run([*command, "export", str(run), str(out)], check=True)
+    videoseg("export", str(run), str(out))
     (out / SETTINGS).unlink()  # those of the debug recipe stand for it
     evaluations = [r for r in read_metrics(run / "metrics.jsonl") if "eval/sft/loss" in r]
     return [{"step": r["step"], "held_out_loss": round(r["eval/sft/loss"], 4)} for r in evaluations]

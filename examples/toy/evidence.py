@@ -11,15 +11,13 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 from cluster import checkpoints
 from cluster.config import load
 from cluster.metrics import read_metrics
+from examples.toy.runs import run_to_its_end
 from rollout.toy_data import ToyDataConfig, write_toy_data
 
 RUNS = {
@@ -52,16 +50,10 @@ def run(name: str, overrides: list[str], folder: Path) -> Path:
     where = folder / name
     if finished(where):
         return where
-    if list((where / "checkpoints").glob("step_*")):
-        command = ["resume", str(where)]
-    else:
-        shutil.rmtree(where, ignore_errors=True)  # interrupted before its first checkpoint
-        overrides = [o.format(data=SHUFFLED) for o in overrides]
-        if any(str(SHUFFLED) in o for o in overrides) and not SHUFFLED.exists():
-            write_toy_data(SHUFFLED, ToyDataConfig(shuffled=True))
-        command = ["train", "debug", f"run.dir={folder}", f"run.name={name}", *overrides]
-    print(f"--- {name}: videoseg {' '.join(command)}", flush=True)
-    subprocess.run([sys.executable, "-m", "cluster.cli", *command], check=True)
+    overrides = [o.format(data=SHUFFLED) for o in overrides]
+    if any(str(SHUFFLED) in o for o in overrides) and not SHUFFLED.exists():
+        write_toy_data(SHUFFLED, ToyDataConfig(shuffled=True))
+    run_to_its_end(where, "train", "debug", *overrides)
     return where
 
 

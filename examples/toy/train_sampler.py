@@ -10,7 +10,6 @@ with `training.json` beside the weights. A training that was cut short goes on f
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from dataclasses import asdict
 from functools import cache

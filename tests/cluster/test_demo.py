@@ -20,7 +20,6 @@ from cluster.segment import Sampling, segment_videos
 from reward_service.measures import jaccard
 from rollout.toy_world import make_video
 from segmentation_service.video import open_video
-from segmentation_service.video_writer import write_video
 from tests.cluster.test_report import CHROMIUM, FLAGS
 from tests.cluster.test_segment import answer, numbers, saying
 from tests.conftest import ROOT

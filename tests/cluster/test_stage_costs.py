@@ -1,7 +1,7 @@
 """Costs of a run's stages: found again from the files of a run that had them, exactly; what cannot give them is refused."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ from cluster.errors import UserError
 from cluster.rollout_log import file_of
 from cluster.run_folder import RunFolder
 from cluster.sections import LoopConfig
-from cluster.simulate import Costs, simulate
+from cluster.simulate import simulate
 from cluster.stage_costs import measure, sizes_of
 from cluster.timeline import FILE as TRACE
 

@@ -16,7 +16,7 @@ from rollout.frame_samples import FrameSample
 from rollout.htfs import HTFS, Look, key_segment
 from rollout.htfs_vllm import look_prompt, read_images
 from rollout.prompts import ImageChat
-from rollout.toy_data import FPS, ToyDataConfig, toy_episode, write_toy_data
+from rollout.toy_data import FPS, ToyDataConfig, toy_episode, video_of, write_toy_data
 from rollout.toy_world import make_video
 from tests.conftest import TOY
 
@@ -66,7 +66,7 @@ def test_training_sees_the_prompts_that_htfs_builds(tmp_path):
     write_toy_data(tmp_path / "toy", ToyDataConfig(train=0, valid_u=6, valid=0, queries=1000, world=replace(WORLD, frames=(8, 12))), progress=lambda line: None)
     chat, compared = ImageChat(str(TOY / "policy")), 0
     for episode in (pair.target for pair in chosen(read_episodes(tmp_path / "toy/valid_u"))):
-        video = make_video(int(episode.video_id.removeprefix("toy_")), replace(WORLD, frames=(8, 12)))
+        video, _ = video_of(episode, replace(WORLD, frames=(8, 12)))
         examples = examples_of(video, chat, CONFIG, np.random.default_rng(0), partly=True)
         look = search(episode, Teacher(video, CONFIG))[1][0]
         shown = look_prompt(chat, look, read_images(look, CONFIG.max_pixels, chat.step))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rollout.episodes import read_episodes
-from rollout.toy_data import SPLITS, ToyDataConfig, write_toy_data
-from rollout.toy_world import COLOURS, WorldConfig, make_video
+from rollout.toy_data import SPLITS, ToyDataConfig, video_of, write_toy_data
+from rollout.toy_world import COLOURS, make_video
 from segmentation_service.masks import decode_rle
 from segmentation_service.video import open_video
 
@@ -67,8 +67,7 @@ def test_all_levels_and_motions_occur_and_queries_hold_in_every_frame():
 def test_written_episodes_hold_the_truth(toy):
     for folder, split in SPLITS.items():
         for episode in read_episodes(toy / folder):
-            video = make_video(int(episode.video_id.removeprefix("toy_")), WorldConfig())
-            query = next(q for q in video.queries if q.text == episode.query)
+            video, query = video_of(episode)
             assert episode.split == split and episode.num_frames == video.num_frames
             t = episode.target_frames()[0]
             truth = [mask for i, mask in enumerate(video.masks(t)) if i in query.targets and mask.any()]
