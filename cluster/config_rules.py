@@ -22,6 +22,7 @@ _MAY_CHANGE = (
     "loop.keep_checkpoints",
     "loop.keep_best",
     "loop.grace_seconds",
+    "loop.learn_on_arrival",
     "loop.max_restarts",
     "loop.group_seconds",
     "loop.learn_seconds",
@@ -128,6 +129,26 @@ def combination_problems(config: RunConfig) -> list[Problem]:
         "loop.deterministic",
         f"is promised for synchronous steps that wait for all groups, not with loop.max_staleness={loop.max_staleness}, loop.wait_for={loop.wait_for:g}",
         "set loop.max_staleness=0 and loop.wait_for=1, or loop.deterministic=false",
+    )
+    early = loop.learn_on_arrival
+    refuse(
+        early and loop.deterministic, "loop.learn_on_arrival", "is true, but gradients are summed in the order in which groups arrive, and loop.deterministic=true promises one", "set one of them to false"
+    )
+    refuse(early and rollout.sleep, "loop.learn_on_arrival", "is true, but with rollout.sleep=true the learner works when the engines are done", "set one of them to false")
+    refuse(
+        early and not learn.one_update,
+        "loop.learn_on_arrival",
+        f"is true, but with learner.ppo_epochs={learn.ppo_epochs} and learner.minibatches={learn.minibatches} a step has several updates, the first of which needs all groups",
+        "set it to false, or those to 1",
+    )
+    refuse(
+        early and learn.advantage.startswith("reinforce++"),
+        "loop.learn_on_arrival",
+        f"is true, but learner.advantage={learn.advantage} compares the rewards of all groups",
+        "set it to false, or use grpo, dr_grpo or rloo",
+    )
+    refuse(
+        early and learn.kl_in_reward, "loop.learn_on_arrival", "is true, but learner.kl_in=reward needs the KL of all groups before their advantages", "set it to false, or use learner.kl_in=loss"
     )
     refuse(
         rollout.sleep and loop.max_staleness > 0,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -21,6 +21,7 @@ from cluster.scoring import ScoredGroup
 from cluster.sections import LoopConfig
 
 Begin = Callable[[list[Draw]], list[asyncio.Task]]
+Arrived = Callable[[ScoredGroup], None]
 
 
 class DrawsAhead:
@@ -76,16 +77,19 @@ class Pipeline:
         self.loop, self.per_step, self.ledger, self.draws, self.begin = loop, per_step, ledger, draws, begin
         self.flying: list[Flying] = []  # oldest first
 
-    async def take(self, version: int) -> Taken:
+    async def take(self, version: int, arrived: Arrived | None = None) -> Taken:
         """The groups of the update that makes `version` + 1, as soon as so many as `loop.wait_for` says are scored. May be abandoned at any time.
 
-        Groups whose rewards are all equal are replaced, up to `loop.max_refills` of them.
+        Groups whose rewards are all equal are replaced, up to `loop.max_refills` of them. `arrived` is called while others are waited for, with groups that
+        will certainly be among those taken.
         """
         taken, refills = Taken(), 0
         while (missing := self.per_step - len(taken.groups)) > 0:
             await self._fill(version, min(self.loop.max_staleness + 1, self.loop.steps - version), len(taken.groups))
             mine = self.flying[: max(missing, sum(version - f.version >= self.loop.max_staleness for f in self.flying))]
-            await _enough(mine, math.ceil(self.loop.wait_for * len(mine)))
+            async for group in _enough(mine, math.ceil(self.loop.wait_for * len(mine))):
+                if arrived and not (self.loop.max_refills and says_nothing(group)):
+                    arrived(group)
             on_time, late = [f for f in mine if f.task.done()], [f for f in mine if not f.task.done()]
             replaced = [f for f in on_time if says_nothing(f.task.result())][: self.loop.max_refills - refills]
             gone = [f for f in late if not self._may_wait(f, version)]
@@ -123,7 +127,7 @@ def says_nothing(group: ScoredGroup) -> bool:
     return group.failure is None and min(group.rewards) == max(group.rewards)
 
 
-async def _enough(flying: Iterable[Flying], count: int) -> None:
-    """Waits until `count` are done, and raises what the first of them that failed raised."""
+async def _enough(flying: Iterable[Flying], count: int) -> AsyncIterator[ScoredGroup]:
+    """The first `count` that are done, as they come; raises what the first of them that failed raised."""
     for done in islice(asyncio.as_completed([f.task for f in flying]), count):
-        await done
+        yield await done

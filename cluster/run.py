@@ -35,12 +35,13 @@ from cluster.pipeline import DrawsAhead, Pipeline
 from cluster.placement import ROLES, Actors, gather, start_actors, stop_actors
 from cluster.progress import Progress, first_and_last, summary_line
 from cluster.replicas import LOST, Replicas, described
-from cluster.rollout_rows import rollout_rows
+from cluster.rollout_rows import rollout_rows, samples_of
 from cluster.run_folder import RunFolder
 from cluster.scoring import ScoredGroup, score_group
 from cluster.sinks import Sinks
 from cluster.timeline import FILE as TRACE
 from cluster.timeline import Timeline
+from cluster.update import Arrivals
 from cluster.weight_sync import OBJECT_STORE, connect, sync_weights
 
 DIFFICULTY = "difficulty.json"  # in a checkpoint
@@ -71,6 +72,7 @@ class Run:
     times: StageTimes = field(default_factory=StageTimes)
     broken: list[BrokenEpisode] = field(default_factory=list)  # left out of this step
     dropped: list[Final] = field(default_factory=list)  # begun for this step, and neither trained nor kept for another
+    arrivals: Arrivals | None = None  # groups of this step that the learners have begun with
 
     def __post_init__(self) -> None:
         loop = self.config.loop
@@ -131,15 +133,20 @@ class Run:
         Where the videos of all of them break in tracking, the next episodes are taken. Raises RunFailed if that does not end.
         """
         self.times, self.broken, self.dropped = StageTimes(), [], []
+        self.arrivals = Arrivals(self.actors.learners, self.config.learner, self.timeline) if self.config.loop.learn_on_arrival else None
         for _ in range(1 + SUBSTITUTES):
             with self.stage("rollout"):
-                taken = await self.pipeline.take(self.step)
+                taken = await self.pipeline.take(self.step, self._arrived if self.arrivals else None)
             self.broken += broken_episodes(taken.groups)
             self.dropped += taken.dropped
             if not all(g.broken for g in taken.groups):
                 return taken.groups
             self.dropped += map(final, taken.groups)
         raise RunFailed(f"{len(self.broken)} videos one after another cannot be tracked, last: {self.broken[-1].reason}", "check that the data set is still there")
+
+    def _arrived(self, group: ScoredGroup) -> None:
+        if not group.failure:
+            self.arrivals.add(samples_of(group), group.rewards)
 
     def _begin(self, draws: list[Draw]) -> list[asyncio.Task[ScoredGroup]]:
         """Groups of the next step but so many as are on their way."""
@@ -318,6 +325,8 @@ class Run:
 
     def close(self) -> None:
         self.pipeline.close()
+        if self.arrivals:
+            self.arrivals.close()
         self.engines.close()
         self.segmenters.close()
         self.metrics.close()

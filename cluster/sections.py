@@ -136,6 +136,10 @@ class LoopConfig:
             "max": 64,
         },
     )
+    learn_on_arrival: bool = field(
+        default=False,
+        metadata={"help": "The learner computes gradients of groups that are scored while others of the step are not; the update is the same but for rounding."},
+    )
     wait_for: float = field(default=1.0, metadata={"help": "Share of a step's groups that the update waits for; the others are late.", "above": 0.0, "max": 1.0})
     late_groups: str = field(
         default="drop",

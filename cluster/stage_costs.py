@@ -56,8 +56,8 @@ def measure(folder: RunFolder) -> Measured:
     tokens / ranks; both are fitted over the steps by least squares, no cost below 0. Raises UserError where the run was asynchronous, deterministic or short.
     """
     config = load(folder.config)
-    if config.loop.max_staleness or config.loop.wait_for < 1 or config.loop.deterministic:
-        raise UserError(f"{folder.path} is no synchronous run: its stages overlap, or its engines work in order", "name a run with loop.max_staleness=0, loop.wait_for=1 and loop.deterministic=false")
+    if config.loop.max_staleness or config.loop.wait_for < 1 or config.loop.deterministic or config.loop.learn_on_arrival:
+        raise UserError(f"{folder.path} is no synchronous run: its stages overlap, or its engines work in order", "name a run with loop.max_staleness=0, loop.wait_for=1, loop.deterministic=false and loop.learn_on_arrival=false")
     sizes, calls = sizes_of(config), _calls(folder)
     records = {r["step"]: r for r in read_metrics(folder.metrics) if "seconds/step" in r}
     lengths = {step: _lengths(file) for step, file in rollout_files(folder.rollouts) if step in records and step in calls}

@@ -98,7 +98,7 @@ async def learn(run: Run, groups: list[ScoredGroup]) -> None:
     async with run.weights:
         with run.stage("train"):
             await run.sleep()
-            advantages, learned = await run.learning(update(run.actors.learners, config.learner, rewards, [samples_of(g) for g in kept]))
+            advantages, learned = await run.learning(update(run.actors.learners, config.learner, rewards, [samples_of(g) for g in kept], run.arrivals))
         with run.stage("sync"):
             synced = await run.sync(step)
         run.step = step

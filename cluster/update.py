@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,17 +13,61 @@ import ray
 from learner.advantages import step_advantages
 from learner.batch import Sample
 from learner.config import LearnerConfig
+from learner.schedule import unit_tokens
 
 from cluster.placement import gather
+from cluster.timeline import Timeline
 
 
-async def update(learners: Sequence[Any], config: LearnerConfig, rewards_BG: np.ndarray, groups: Sequence[Sequence[Sample]]) -> tuple[list[list], dict[str, float]]:
-    """(advantages of each group's samples, the learner's metrics). Whatever advantages the samples have are replaced."""
+class Arrivals:
+    """Groups whose gradients the learners begin with while others are still on their way, a micro-batch for every rank at a time.
+
+    `begun`: their numbers. Needs advantages that follow from a group alone, and one update a step.
+    """
+
+    def __init__(self, learners: Sequence[Any], config: LearnerConfig, timeline: Timeline) -> None:
+        self.begun: set[int] = set()
+        self._learners, self._config, self._timeline = learners, config, timeline
+        self._waiting: list[list[Sample]] = []
+        self._calls: list[asyncio.Task] = []
+
+    def add(self, group: Sequence[Sample], rewards: Sequence[float]) -> None:
+        self._waiting.append(with_advantages([group], step_advantages(self._config, np.array([rewards]))))
+        if sum(unit_tokens([s.size for s in samples]) for samples in self._waiting) >= self._config.tokens_per_microbatch * self._config.ranks:
+            self.begun |= {samples[0].group for samples in self._waiting}
+            samples = ray.put([s for samples in self._waiting for s in samples])
+            self._calls.append(asyncio.ensure_future(self._finished([learner.accumulate.remote(samples) for learner in self._learners], len(self._waiting))))
+            self._waiting = []
+
+    async def done(self) -> None:
+        """Raises what a learner raised."""
+        await asyncio.gather(*self._calls)
+
+    def close(self) -> None:
+        for call in self._calls:
+            call.cancel()
+
+    async def _finished(self, calls: list, groups: int) -> None:
+        with self._timeline.span("learner", "accumulate", groups=groups):
+            await gather(calls)
+
+
+async def update(
+    learners: Sequence[Any], config: LearnerConfig, rewards_BG: np.ndarray, groups: Sequence[Sequence[Sample]], arrivals: Arrivals | None = None
+) -> tuple[list[list], dict[str, float]]:
+    """(advantages of each group's samples, the learner's metrics). Whatever advantages the samples have are replaced. The learners have begun with `arrivals`."""
     kls = await _reference_kls(learners, groups) if config.kl_in_reward else None
     advantages = step_advantages(config, rewards_BG, kls)
-    samples = ray.put([replace(s, advantage=a) for group, own in zip(groups, advantages, strict=True) for s, a in zip(group, own, strict=True)])
+    begun = arrivals.begun if arrivals else ()
+    samples = ray.put([s for s in with_advantages(groups, advantages) if s.group not in begun])
+    if arrivals:
+        await arrivals.done()
     learned = (await gather([learner.train_step.remote(samples) for learner in learners]))[0]
     return advantages, learned | ({"kl": float(np.concatenate(kls).mean())} if kls else {})
+
+
+def with_advantages(groups: Sequence[Sequence[Sample]], advantages: Sequence[Sequence]) -> list[Sample]:
+    return [replace(s, advantage=a) for group, own in zip(groups, advantages, strict=True) for s, a in zip(group, own, strict=True)]
 
 
 async def _reference_kls(learners: Sequence[Any], groups: Sequence[Sequence[Sample]]) -> list[np.ndarray]:

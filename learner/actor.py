@@ -48,6 +48,9 @@ class LearnerActor:
     def alive(self) -> None:
         """Returns, once what was asked before is done."""
 
+    def accumulate(self, samples: Sequence[Sample]) -> None:
+        self.worker.accumulate(samples)
+
     def train_step(self, samples: Sequence[Sample]) -> dict[str, float]:
         return self.worker.train_step(samples)
 

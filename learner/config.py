@@ -139,6 +139,11 @@ class LearnerConfig:
         return tuple(part for part, rate in (("vision", self.vision_lr), ("projector", self.projector_lr)) if rate == 0.0)
 
     @property
+    def one_update(self) -> bool:
+        """Whether a step has one."""
+        return self.ppo_epochs == self.minibatches == 1
+
+    @property
     def kl_in_reward(self) -> bool:
         return self.kl_coef > 0.0 and self.kl_in == "reward"
 

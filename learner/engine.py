@@ -151,16 +151,30 @@ class PolicyEngine:
         """Accumulate gradients of `loss`; their mean over ranks is what a step uses."""
         self.deepspeed.backward(loss)
 
-    def step(self, factor: float, finite_loss: bool = True) -> Update:
-        """One optimiser step on what has been accumulated, at `factor` times the peak rates.
+    def step(self, factor: float, finite_loss: bool = True, scale: float = 1.0) -> Update:
+        """One optimiser step on `scale` times what has been accumulated, at `factor` times the peak rates.
 
         It is left out where loss or gradient is not finite, or the gradient's norm above `skip_above`; all ranks must agree on `finite_loss`.
         """
         for group, peak in zip(self.adam.param_groups, self._peaks, strict=True):
             group["lr"] = factor * peak
         self._norm, self._squares, self._allowed = float("inf"), {}, finite_loss
+        if scale != 1.0:
+            self._scale_gradients(scale)
         self.deepspeed.step()  # which does not come to AdamW's step if it finds a gradient that is not finite
+        if scale != 1.0 and hasattr(self.deepspeed.optimizer, "loss_scaler"):
+            self.deepspeed.optimizer.loss_scale = 1.0
         return Update(self._norm, self._block_norms(), not self._may_step())
+
+    def _scale_gradients(self, scale: float) -> None:
+        """Of the coming step. To ZeRO, gradients that are too large by a factor are those of a loss that was scaled by it."""
+        optimizer = self.deepspeed.optimizer
+        if hasattr(optimizer, "loss_scaler"):
+            optimizer.loss_scale = 1.0 / scale
+        else:
+            flat = getattr(optimizer, "fp32_groups_gradients_flat", None)  # bfloat16 under ZeRO 1
+            for gradient in [p.grad for p in self._trainable if p.grad is not None] if flat is None else flat:
+                gradient.mul_(scale)
 
     def _may_step(self) -> bool:
         return self._allowed and self._norm <= self._limit and self._norm < float("inf")

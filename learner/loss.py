@@ -27,6 +27,12 @@ def step_totals(config: LearnerConfig, samples: Sequence[Sample]) -> Totals:
     return Totals(sum(len(s.response_ids) for s in counted), len(counted))
 
 
+def rescale(config: LearnerConfig, used: Totals, true: Totals) -> float:
+    """What a loss with the denominators `used` is to be multiplied by to have those of `true`."""
+    by_token = config.loss_aggregation == "token"
+    return max(1, used.tokens) / max(1, true.tokens) if by_token else max(1, used.sequences) / max(1, true.sequences)
+
+
 def counted_sequences(config: LearnerConfig, batch: MicroBatch, active: bool = True) -> Tensor:
     """bool (N,): which completions take part in the loss. None does in a micro-batch that only keeps ranks in step."""
     return (~batch.truncated if config.mask_overlong else torch.ones_like(batch.truncated)) & active

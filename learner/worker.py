@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +18,12 @@ from .flops import ModelSize, peak_flops, step_flops
 from .grpo import kl_to_reference, multiplicative_error, rollout_mismatch, token_sums
 from .learning_rate import learning_rate
 from .lora import add_adapters, without_adapters
-from .loss import Totals, counted_sequences, micro_batch_loss, step_totals
+from .loss import counted_sequences, micro_batch_loss, rescale, step_totals
 from .patchify import PatchSpec
 from .policy import PolicyModel, load_model
 from .reference import Reference
 from .schedule import schedule
+from .step import Clock, Plan, Step
 from .weights import WeightBucket, weight_buckets
 
 MEANS = ("policy_loss", "kl", "clip_low", "clip_high", "dual_clip", "tis_weight", "tis_capped", "ratio", "entropy", "mismatch_kl", "mismatch_abs")
@@ -64,6 +63,7 @@ class LearnerWorker:
         self.device, self.dtype = pick_device_and_dtype(config.dtype)
         self.patches = PatchSpec.from_policy(policy_path)
         self.steps, self.updates, self.skipped_in_a_row = 0, 0, 0
+        self._begun: Step | None = None  # whose gradients `accumulate` has begun with
 
         wrap = lambda model: PolicyModel(model, banned_token_ids, temperature, config.logprob_chunk_tokens)
         policy = wrap(load_model(policy_path, self.dtype, config.gradient_checkpointing))
@@ -87,51 +87,78 @@ class LearnerWorker:
 
     # ---- training
 
+    def accumulate(self, samples: Sequence[Sample]) -> None:
+        """Gradients of some of the next step's samples, whole groups, while the others are on their way.
+
+        The `train_step` that gets the others makes the update of all; its loss is that of all of them in one step, up to rounding. Only with one
+        update a step. Raises ValueError, and SampleError or ScheduleError as `train_step` does.
+        """
+        if not self.config.one_update:
+            raise ValueError("a step of several updates needs all samples before the first one: ppo_epochs and minibatches must be 1")
+        self._begun, (part,), (plan,) = self._take_in(samples)
+        self._begun.totals = self._begun.totals or step_totals(self.config, samples)
+        self._gradients(self._begun, part, plan, before={})
+
     def train_step(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Train on all `samples` (the same list on every rank) -> metrics, equal on all ranks but for seconds.
+        """Train on all `samples` (the same list on every rank), and on those accumulated since the last step -> metrics, equal on all ranks but for seconds.
 
         One update by default; ppo_epochs passes of `minibatches` updates each otherwise, with the log-probs of the weights
         before the first one as the old ones. An update whose loss or gradient is not finite, or whose gradient is larger than
         `skip_above`, is left out and counted. Raises SampleError or ScheduleError before anything is computed.
         """
-        clock = _Clock(self.device)
-        config = self.policy.model.config
-        check_samples(samples, self.banned_token_ids, (config.image_token_id, config.video_token_id), self.patches.merge)
-        parts = self._minibatches(samples)
-        plans = [self._plan(samples, part) for part in parts]
-        check_fingerprints(samples, {i for plan in plans for indices in plan[self.rank] for i in indices})
-        clock.lap("check")
+        step, parts, plans = self._take_in(samples)
+        ahead, self._begun = self._begun is not None, None
 
         before: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
         if self.config.ppo_epochs * len(parts) > 1:
             for part, plan in zip(parts, plans):
-                for batch, _ in self._micro_batches(samples, part, plan, clock):
-                    before[batch.indices] = self._no_grad_logprobs(self.engine, batch, clock, "old_logprobs"), self._reference(batch, clock)
+                for batch, _ in self._micro_batches(step.samples, part, plan, step.clock):
+                    before[batch.indices] = self._no_grad_logprobs(self.engine, batch, step.clock, "old_logprobs"), self._reference(batch, step.clock)
 
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self.device))
         done, factor = [], 0.0
         for _ in range(self.config.ppo_epochs):
             for part, plan in zip(parts, plans):
                 factor = self._rate_factor(len(parts))
-                totals = step_totals(self.config, [samples[i] for i in part])
-                for batch, active in self._micro_batches(samples, part, plan, clock):
-                    self._accumulate(batch, totals, active, before.get(batch.indices), sums, clock)
-                done.append(self._update(sums.pop("update_loss", torch.zeros((), dtype=torch.float64, device=self.device)), factor))
-                clock.lap("optimizer")
+                totals = step_totals(self.config, step.samples if ahead else [step.samples[i] for i in part])
+                step.totals = step.totals if ahead else totals
+                self._gradients(step, part, plan, before)
+                scale = rescale(self.config, step.totals, totals)
+                step.sums["loss"] += scale * step.sums["update_loss"]
+                done.append(self._update(step.sums.pop("update_loss"), factor, scale))
+                step.clock.lap("optimizer")
         self.steps += 1
         if self.config.reference_every and self.steps % self.config.reference_every == 0:
             self.reference.renew(self.policy)
-            clock.lap("reference")
+            step.clock.lap("reference")
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if any(update.left_out for update in done) else 0
-        return self._metrics(samples, sums, done, factor * self.config.lr, plans, clock)
+        return self._metrics(step, done, factor * self.config.lr)
 
-    def _accumulate(self, batch: MicroBatch, totals: Totals, active: bool, before, sums: dict[str, Tensor], clock: _Clock) -> None:
-        """Forward and backward of one micro-batch; its share of the step's loss and per-token terms go to `sums`."""
-        config = self.config
+    def _take_in(self, samples: Sequence[Sample]) -> tuple[Step, list[list[int]], list[Plan]]:
+        """(the step that they are of, with them; the indices of them in each update; their plans)."""
+        step = self._begun or Step(self.device)
+        step.clock.resume()
+        config, everything = self.policy.model.config, [*step.samples, *samples]
+        check_samples(everything, self.banned_token_ids, (config.image_token_id, config.video_token_id), self.patches.merge)
+        parts = self._minibatches(everything, range(len(step.samples), len(everything)))
+        plans = [self._plan(everything, part) for part in parts]
+        check_fingerprints(everything, {i for plan in plans for indices in plan[self.rank] for i in indices})
+        step.samples = everything
+        step.plans += plans
+        step.clock.lap("check")
+        return step, parts, plans
+
+    def _gradients(self, step: Step, part: Sequence[int], plan: Plan, before: Mapping[tuple[int, ...], tuple]) -> None:
+        """Accumulates them, with the step's denominators. before: log-probs of the old weights and the reference, by a micro-batch's samples."""
+        for batch, active in self._micro_batches(step.samples, part, plan, step.clock):
+            self._accumulate(batch, step, active, before.get(batch.indices))
+
+    def _accumulate(self, batch: MicroBatch, step: Step, active: bool, before: tuple[Tensor, Tensor | None] | None) -> None:
+        """Forward and backward of one micro-batch; its share of the step's loss and per-token terms go to its sums."""
+        config, sums, clock = self.config, step.sums, step.clock
         old, reference = before if before is not None else (None, self._reference(batch, clock))
         logprobs, entropy = self.engine(batch, entropy=config.entropy, train_entropy=config.entropy_coef > 0.0)
         old = logprobs.detach() if old is None else old
-        loss, terms = micro_batch_loss(config, batch, totals, logprobs, old, reference, entropy, active)
+        loss, terms = micro_batch_loss(config, batch, step.totals, logprobs, old, reference, entropy, active)
         clock.lap("forward")
         # DeepSpeed takes the mean of gradients over ranks; the weights above are already those of the sum over ranks.
         self.engine.backward(loss * self.world_size)
@@ -142,18 +169,17 @@ class LearnerWorker:
             counted = counted_sequences(config, batch)[batch.sequence]
             for name, value in token_sums(terms, counted).items():
                 sums[name] += value
-            sums["loss"] += loss.detach()
             sums["update_loss"] += loss.detach()
             sums["tokens"] += counted.sum()
             sums["row_tokens"] += batch.input_ids.numel()
             sums["attention_rows"] += batch.layout.padded_to_packed.numel()
             sums["max_mismatch"] = torch.maximum(sums["max_mismatch"], terms["mismatch_abs"].max().double())
 
-    def _update(self, loss: Tensor, factor: float) -> Update:
-        """One optimiser step; `loss` is this update's. All ranks agree on whether it is finite before any weight changes."""
+    def _update(self, loss: Tensor, factor: float, scale: float) -> Update:
+        """One optimiser step on `scale` times the accumulated gradients; `loss` is theirs. All ranks agree on whether it is finite before any weight changes."""
         torch.distributed.all_reduce(loss)
         self.updates += 1
-        return self.engine.step(factor, bool(torch.isfinite(loss)))
+        return self.engine.step(factor, bool(torch.isfinite(loss)), scale)
 
     def _rate_factor(self, minibatches: int) -> float:
         """The learning rate over its peak."""
@@ -163,32 +189,34 @@ class LearnerWorker:
 
     # ---- batches
 
-    def _minibatches(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """Indices of each update of a pass: whole groups, dealt out at random (by seed and step) if there are several."""
+    def _minibatches(self, samples: Sequence[Sample], some: Sequence[int]) -> list[list[int]]:
+        """Indices, among `some`, of each update of a pass: whole groups, dealt out at random (by seed and step) if there are several."""
         groups: dict[int, list[int]] = {}
-        for i, sample in enumerate(samples):
-            groups.setdefault(sample.group, []).append(i)
-        count = min(self.config.minibatches, len(groups))
+        for i in some:
+            groups.setdefault(samples[i].group, []).append(i)
+        count = max(1, min(self.config.minibatches, len(groups)))
         order = list(groups.values())
         if count > 1:
             order = [order[k] for k in np.random.default_rng([self.seed, self.steps]).permutation(len(order))]
         return [sorted(i for members in order[k::count] for i in members) for k in range(count)]
 
-    def _plan(self, samples: Sequence[Sample], part: Sequence[int]) -> list[list[list[int]]]:
-        """plan[rank][micro-batch] = indices into `samples`; the same on every rank."""
+    def _plan(self, samples: Sequence[Sample], part: Sequence[int]) -> Plan:
+        """The same on every rank."""
+        if not part:
+            return [[] for _ in range(self.world_size)]
         hidden = self.policy.model.config.get_text_config().hidden_size
         plan = schedule([samples[i].size for i in part], self.world_size, self.config.tokens_per_microbatch, hidden)
         return [[[part[k] for k in indices] for indices in share] for share in plan]
 
-    def _micro_batches(self, samples, part, plan, clock: _Clock) -> Iterator[tuple[MicroBatch, bool]]:
+    def _micro_batches(self, samples, part, plan, clock: Clock) -> Iterator[tuple[MicroBatch, bool]]:
         """This rank's micro-batches on its device, and whether they count: an empty one is filled with the part's shortest sample."""
-        filler = min(part, key=lambda i: (len(samples[i].prompt_ids) + len(samples[i].response_ids), i))
+        filler = min(part, key=lambda i: (len(samples[i].prompt_ids) + len(samples[i].response_ids), i), default=None)
         for indices in plan[self.rank]:
             batch = collate(samples, indices or [filler], self.patches, self.policy.rope_index, self.device, self.dtype)
             clock.lap("collate")
             yield batch, bool(indices)
 
-    def _no_grad_logprobs(self, model, batch: MicroBatch, clock: _Clock, lap: str) -> Tensor:
+    def _no_grad_logprobs(self, model, batch: MicroBatch, clock: Clock, lap: str) -> Tensor:
         with torch.no_grad():
             logprobs, _ = model(batch)
         clock.lap(lap)
@@ -199,7 +227,7 @@ class LearnerWorker:
         with without_adapters(self.policy.model):
             return self.engine(batch)
 
-    def _reference(self, batch: MicroBatch, clock: _Clock) -> Tensor | None:
+    def _reference(self, batch: MicroBatch, clock: Clock) -> Tensor | None:
         """For the KL in the loss; None without it."""
         if self.reference is None or self.config.kl_in_reward:
             return None
@@ -207,7 +235,7 @@ class LearnerWorker:
 
     def compute_logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """Log-probs float32 (R,) of every sample's response under the present weights, on every rank."""
-        clock = _Clock(self.device)
+        clock = Clock(self.device)
         return self._for_each_sample(samples, clock, lambda batch: self._no_grad_logprobs(self.engine, batch, clock, "forward"))
 
     def reference_kl(self, samples: Sequence[Sample]) -> list[np.ndarray]:
@@ -216,7 +244,7 @@ class LearnerWorker:
         """
         if self.reference is None:
             raise ValueError("learner.kl_coef = 0 loads no reference; use a positive value with learner.kl_in=reward")
-        clock, c = _Clock(self.device), self.config
+        clock, c = Clock(self.device), self.config
 
         def kl(batch: MicroBatch) -> Tensor:
             logprobs = self._no_grad_logprobs(self.engine, batch, clock, "forward")
@@ -224,7 +252,7 @@ class LearnerWorker:
 
         return self._for_each_sample(samples, clock, kl)
 
-    def _for_each_sample(self, samples: Sequence[Sample], clock: _Clock, compute: Callable[[MicroBatch], Tensor]) -> list[np.ndarray]:
+    def _for_each_sample(self, samples: Sequence[Sample], clock: Clock, compute: Callable[[MicroBatch], Tensor]) -> list[np.ndarray]:
         """Per-token values (M,) of micro-batches, computed by all ranks -> those of each sample, on every rank."""
         config = self.policy.model.config
         check_samples(samples, self.banned_token_ids, (config.image_token_id, config.video_token_id), self.patches.merge)
@@ -240,7 +268,8 @@ class LearnerWorker:
 
     # ---- metrics
 
-    def _metrics(self, samples, sums: dict[str, Tensor], done: list[Update], rate: float, plans, clock: _Clock) -> dict[str, float]:
+    def _metrics(self, step: Step, done: list[Update], rate: float) -> dict[str, float]:
+        samples, sums, plans, clock = step.samples, step.sums, step.plans, step.clock
         names = ("loss", "tokens", "row_tokens", "attention_rows", *MEANS)
         total = torch.stack([sums[name] for name in names])
         largest = sums["max_mismatch"]
@@ -319,21 +348,3 @@ class LearnerWorker:
     def _identity(self) -> dict:
         dtype = str(self.dtype).removeprefix("torch.")
         return {"zero_stage": self.config.zero_stage, "dtype": dtype, "lora_rank": self.config.lora_rank}
-
-
-class _Clock:
-    """Seconds by kind of work. On a GPU a lap waits for the device, so that work is booked where it was asked for."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.laps = device, defaultdict(float)
-        self.start = self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.laps[name] += now - self.last
-        self.last = now
-
-    def total(self) -> float:
-        return time.perf_counter() - self.start

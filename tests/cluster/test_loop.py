@@ -110,6 +110,25 @@ def test_saved_rollouts_repeat_what_was_learned_without_engines(run, tmp_path, c
     assert all(torch.equal(weights["run"][n], weights["again"][n]) for n in start)
 
 
+def test_gradients_begun_as_groups_arrive_make_the_same_update(run, toy_data, tmp_path, ray_session):
+    """A step whose groups come one by one is what its rollouts, replayed at once, make of the same weights."""
+    from cluster import trainer
+
+    early = run_folder.plan(tmp_path, "early", "debug")
+    trainer.train(resolved(toy_data, "loop.steps=2", "loop.learn_on_arrival=true", "learner.lr_schedule=constant", "learner.tokens_per_microbatch=400", "eval.ends=false"), early)
+    spans = timeline.spans(early.path / timeline.FILE)
+    assert any(
+        begun.name == "accumulate" and stage.name == "rollout" and stage.begin <= begun.begin < stage.end for begun in spans for stage in spans
+    ), "the learner began while groups were on their way"
+    assert cli.main(["train", str(early.config), "--replay", str(early.rollouts), f"run.dir={tmp_path}", "run.name=at_once"]) == 0
+    steps, replayed = read_metrics(early.metrics), read_metrics(tmp_path / "at_once/metrics.jsonl")
+    assert len(steps) == len(replayed) == 2
+    for mine, whole in zip(steps, replayed):
+        for name in ("learner/loss", "learner/grad_norm", "kl/reference", "learner/entropy", "learner/samples", "learner/response_tokens", "mismatch/kl"):
+            assert mine[name] == pytest.approx(whole[name], rel=1e-3, abs=1e-6), name
+    assert steps[1]["kl/reference"] > 0
+
+
 def test_every_panel_of_the_dashboard_has_a_number_of_a_run(run):
     told = {re.sub(r"\W", "_", name) for record in read_metrics(run.metrics) for name in record}
     for panel in json.loads((ROOT / "examples/cluster/grafana.json").read_text())["panels"]:

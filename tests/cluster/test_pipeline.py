@@ -117,6 +117,24 @@ def test_groups_that_say_nothing_are_replaced_up_to_a_limit(tmp_path):
         assert asyncio.run(run.train()) == ends and run.trained == [trained]
 
 
+def test_groups_that_arrive_are_told_once_and_only_those_that_will_be_taken(tmp_path):
+    """While a slow one is waited for; those that may be replaced are not told, whether they are or not."""
+    times, equal = {3: 0.2, 8: 0.2}, (1, 4, 5)
+    run = Run(tmp_path, seconds=lambda p: times.get(p, 0.0), rewards=lambda p: (1.0, 1.0) if p in equal else (0.0, 1.0), steps=2, max_refills=2)
+    told = []
+
+    async def two_steps():
+        first = await run.pipeline.take(0, lambda group: told.append((group.draw.position, run.pipeline.flying[3].task.done())))
+        step = len(told)
+        second = await run.pipeline.take(1, lambda group: told.append((group.draw.position, None)))
+        return [[g.draw.position for g in taken.groups] for taken in (first, second)], step
+
+    (first, second), step = asyncio.run(two_steps())
+    assert first == [0, 2, 3, 5] and {p for p, _ in told[:step]} == {0, 2, 3}  # 1 and 4 were replaced, and 5 not, for two are enough
+    assert [slow_one_is_there for p, slow_one_is_there in told[:step] if p < 3] == [False, False]
+    assert sorted(p for p, _ in told[step:]) == second == [6, 7, 8, 9]
+
+
 def test_what_a_group_raises_ends_the_step(tmp_path):
     def seconds(position):
         if position == 2:

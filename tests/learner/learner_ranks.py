@@ -73,6 +73,7 @@ class Scenarios:
             learner = self.one_step(f"zero{stage}", replace(PLAIN, zero_stage=stage))
         learner.export(str(self.folder / f"export_{self.world_size}"))
         self.one_step("offload", replace(PLAIN, zero_stage=3, offload="all") if self.world_size == 2 else replace(PLAIN, zero_stage=2, offload="optimizer"))
+        self.in_pieces()
         self.resume(2)
         self.resume(2 if self.world_size == 1 else 3, "bfloat16")
         self.all_but_the_defaults()
@@ -115,6 +116,32 @@ class Scenarios:
                 self.learner(other).load(str(folder))
             except Exception as error:
                 self.results["other stage"] = f"{type(error).__name__}: {error}"
+
+    def in_pieces(self):
+        """Two steps whose samples come a group at a time, the first step's all before `train_step`, beside the same steps at once; by every optimizer of DeepSpeed's."""
+        ways = {
+            "zero0": dict(zero_stage=0, mask_overlong=True), "bfloat16": dict(zero_stage=1, dtype="bfloat16"), "zero2": dict(zero_stage=2), "zero3": dict(zero_stage=3),
+            "offload": dict(zero_stage=2, offload="optimizer"), "sequence": dict(zero_stage=1, loss_aggregation="sequence"),
+        }  # fmt: skip
+        for name, way in ways.items():
+            config = replace(TRAIN, lr_schedule="constant", warmup_steps=0, **way)
+            whole, pieces = self.learner(config), self.learner(config)
+            steps = [[replace(s, truncated=i % 4 == 0) for i, s in enumerate(samples(seed))] for seed in (1, 2)]
+            expected = [whole.train_step(step) for step in steps]
+            groups = [[s for s in steps[0] if s.group == g] for g in dict.fromkeys(s.group for s in steps[0])]
+            for group in groups:
+                pieces.accumulate(group)
+            first = pieces.train_step([])
+            pieces.accumulate(steps[1][:3])
+            found = [first, pieces.train_step(steps[1][3:])]
+            a, b = self.weights(whole), self.weights(pieces)  # empty but on rank 0
+            error = [max((float((a[k] - b[k]).float().norm() / a[k].float().norm()) for k in a), default=0.0)]
+            torch.distributed.broadcast_object_list(error)
+            keys = ("loss", "grad_norm", "kl", "entropy", "lr", "samples", "response_tokens", "mismatch_abs", *(k for k in expected[0] if k.startswith("grad_norm/")))
+            self.results[f"in pieces, {name}"] = {
+                "expected": [{k: m[k] for k in keys} for m in expected], "found": [{k: m[k] for k in keys} for m in found],
+                "error": error[0],
+            }
 
     def renewed(self, stage: int):
         """Five steps with a reference that is renewed after the second and the fourth; the fourth and fifth again from a checkpoint of the third."""

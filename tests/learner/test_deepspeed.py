@@ -99,6 +99,18 @@ def test_ranks_agree(results):
     assert results["2_0"] == results["2_1"]
 
 
+@pytest.mark.parametrize("rank", ["1_0", "2_0"])
+@pytest.mark.parametrize("way", ["zero0", "bfloat16", "zero2", "zero3", "offload", "sequence"])
+def test_a_step_in_pieces_is_the_step_at_once(results, rank, way):
+    """Whatever the denominators were while pieces came: losses, clipped gradients, and the weights that two steps end with."""
+    found, rough = results[rank][f"in pieces, {way}"], way == "bfloat16"
+    assert found["expected"][1]["kl"] > 0, "the first step moved the weights"
+    assert found["expected"][0]["grad_norm"] > 0.05, "gradients are clipped"
+    for expected, pieces in zip(found["expected"], found["found"], strict=True):
+        assert pieces == pytest.approx(expected, rel=0.03 if rough else 2e-4, abs=2e-3 if rough else 1e-6)
+    assert found["error"] < (0.02 if rough else 2e-5)
+
+
 @pytest.mark.parametrize("rank,stage", [("1_0", 0), ("1_0", 2), ("2_0", 2), ("2_0", 3)])
 def test_resume_is_bit_equal(results, rank, stage):
     resumed = results[rank][f"resume{stage}"]
