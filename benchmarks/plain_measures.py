@@ -9,11 +9,13 @@ import cv2
 import numpy as np
 
 
-def jaccard(predicted, annotated, void=None) -> float:
-    kept = np.ones(predicted.shape, bool) if void is None else ~void.astype(bool)
-    both = np.sum(predicted.astype(bool) & annotated.astype(bool) & kept)
-    either = np.sum((predicted.astype(bool) | annotated.astype(bool)) & kept)
-    return 1.0 if either == 0 else both / either
+def jaccard(predicted, annotated, void=None):
+    """Of one mask (H, W), or of all of a video (T, H, W), as the evaluators take them."""
+    predicted, annotated = predicted.astype(bool), annotated.astype(bool)
+    void = np.zeros_like(predicted) if void is None else void.astype(bool)
+    both = np.sum((predicted & annotated) & ~void, axis=(-2, -1))
+    either = np.sum((predicted | annotated) & ~void, axis=(-2, -1))
+    return np.where(either == 0, 1.0, both / np.maximum(either, 1))[()]
 
 
 def boundary_f(predicted, annotated, void=None, tolerance: float = 0.008) -> float:
@@ -38,10 +40,11 @@ def boundary_f(predicted, annotated, void=None, tolerance: float = 0.008) -> flo
 
 def edge(mask: np.ndarray) -> np.ndarray:
     """Where a pixel differs from its neighbour to the east, south or south-east; in the last row and column only along it."""
-    out = np.zeros_like(mask)
-    out[:-1, :-1] = (mask[:-1, :-1] ^ mask[:-1, 1:]) | (mask[:-1, :-1] ^ mask[1:, :-1]) | (mask[:-1, :-1] ^ mask[1:, 1:])
-    out[-1, :-1] = mask[-1, :-1] ^ mask[-1, 1:]
-    out[:-1, -1] = mask[:-1, -1] ^ mask[1:, -1]
+    east, south, south_east = np.zeros_like(mask), np.zeros_like(mask), np.zeros_like(mask)
+    east[:, :-1], south[:-1], south_east[:-1, :-1] = mask[:, 1:], mask[1:], mask[1:, 1:]
+    out = (mask ^ east) | (mask ^ south) | (mask ^ south_east)
+    out[-1], out[:, -1] = mask[-1] ^ east[-1], mask[:, -1] ^ south[:, -1]
+    out[-1, -1] = False
     return out
 
 

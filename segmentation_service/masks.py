@@ -24,11 +24,8 @@ def encode_rle(mask_HW) -> dict:
 def decode_rle(rle) -> np.ndarray:
     """Decode COCO RLE, compressed (``counts`` str or bytes) or not (list of ints), into a bool mask ``(H, W)``.
 
-    rle: a dictionary, or an object with ``size`` and ``counts`` such as the service's `Rle`. Raises ValueError where it is no RLE, or its runs do not add up to H * W (pycocotools itself would answer with
-    whatever lies in memory behind the last run).
+    rle: a dictionary, or an object with ``size`` and ``counts`` such as the service's `Rle`. Raises ValueError where it is no RLE, or its runs do not add up to H * W.
     """
-    from pycocotools import mask as coco
-
     try:
         size, counts = (rle.size, rle.counts) if hasattr(rle, "counts") else (rle["size"], rle["counts"])
         height, width = (int(n) for n in size)
@@ -37,18 +34,12 @@ def decode_rle(rle) -> np.ndarray:
     if height <= 0 or width <= 0:
         raise ValueError(f"a run-length mask needs a positive size; got {[height, width]}")
     pixels = height * width
-    if isinstance(counts, (list, tuple)):
-        total, sound = sum(counts), all(n >= 0 for n in counts)
-    else:
-        runs = _parse_counts(counts)
-        total, sound = int(runs.sum()), bool(((runs >= 0) & (runs <= pixels)).all())
+    runs = [int(n) for n in counts] if isinstance(counts, (list, tuple)) else _parse_counts(counts).tolist()
+    total, sound = sum(runs), all(0 <= n <= pixels for n in runs)
     if not sound or total != pixels:
         raise ValueError(f"the runs of the mask add up to {total} pixels, its size {height}x{width} needs {pixels}" + ("" if sound else ", and one is negative or too long"))
-    if isinstance(counts, (list, tuple)):
-        packed = coco.frPyObjects({"size": [height, width], "counts": [int(n) for n in counts]}, height, width)
-    else:
-        packed = {"size": [height, width], "counts": counts.encode("ascii") if isinstance(counts, str) else counts}
-    return np.ascontiguousarray(coco.decode(packed).view(bool))
+    inside = np.arange(len(runs)) % 2 == 1  # runs go down the columns, the first one outside
+    return np.ascontiguousarray(np.repeat(inside, runs).reshape(width, height).T)
 
 
 def mask_to_box(mask_HW) -> list[int] | None:
