@@ -62,6 +62,7 @@ def add_to(commands: Any) -> None:
     command.add_argument("--config", metavar="CONFIG", help="recipe or YAML file of settings (default: as for `videoseg segment`)")
     command.add_argument("--zip", metavar="FILE", help="also pack the predictions, as the benchmarks' servers take them")
     command.add_argument("--against", metavar="OUT2", help="an earlier evaluation: print by how much this one is better, with a 95%% interval")
+    command.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of policy and segmenter that share the videos, a GPU each, on the nodes of the Ray cluster if one is joined (default 1)")
     command.add_argument("--workers", type=int, metavar="N", help="processes that score (default: one a CPU)")
 
 
@@ -117,9 +118,11 @@ def evaluate(options: argparse.Namespace) -> None:
     if (checkpoint is None) == (options.predictions is None):
         what = "neither a CHECKPOINT nor --predictions is" if checkpoint is None else "both a CHECKPOINT and --predictions are"
         raise UserError(f"{what} given", "give the policy to evaluate, or the folder of predictions to score")
-    for_a_policy = {"--oracle": options.oracle, "--config": options.config, "--sampler": options.sampler != "middle", "key=value": settings}
+    for_a_policy = {"--oracle": options.oracle, "--config": options.config, "--sampler": options.sampler != "middle", "--replicas": options.replicas != 1, "key=value": settings}
     if options.predictions and (unused := [name for name, given in for_a_policy.items() if given]):
         raise UserError(f"{', '.join(unused)}: --predictions are scored as they are, and no policy is asked", "leave out one or the other")
+    if options.replicas < 1:
+        raise UserError(f"--replicas {options.replicas} are too few", "use 1 or more")
     note = lambda text: print(text, file=sys.stderr, flush=True)
     episodes, out = list(read_episodes(options.data)), Path(options.out)
     if options.predictions and (out / evaluating.ABOUT).exists():
@@ -130,7 +133,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if checkpoint is not None:
         policy, sampling = _policy_and_sampling(checkpoint, options, settings)
         evaluation = evaluating.Evaluation(options.benchmark, Path(options.data), out, policy, sampling, options.oracle)
-        evaluating.predict(evaluation, episodes, note)
+        evaluating.predict(evaluation, episodes, note, replicas=options.replicas)
         answers = evaluation.answered()
     if options.zip:
         top = "Annotations" if options.benchmark == "ref_youtube_vos" else ""

@@ -11,8 +11,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,9 @@ ORACLES = ("frame", "box", "mask")
 CHUNK = 256  # expressions that are asked together
 NOTE_SECONDS = 10.0
 
+Asked = Sequence[tuple[Episode, FrameSample | VideoError]]
+"""Expressions with the frames that the policy is to see, or why it cannot."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -55,6 +59,11 @@ class Evaluation:
     policy: Policy
     sampling: Sampling = Sampling()
     oracle: str | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether the policy says anything."""
+        return self.oracle not in ("box", "mask")
 
     @property
     def predictions(self) -> Path:
@@ -108,11 +117,13 @@ def predict(
     evaluation: Evaluation,
     episodes: Sequence[Episode],
     note: Callable[[str], None],
-    start: Callable[[Policy], AbstractContextManager[Inference]] = Inference,
+    start: Callable[[Policy], AbstractContextManager[Inference]] | None = None,
+    replicas: int = 1,
 ) -> None:
     """Masks of every expression that has none yet, on the annotated frames (where the truth is not public: on all), and its line in answers.jsonl.
 
     An answer that cannot be read, or a video that cannot be, leaves an expression without masks; `unreadable` ones are tried again next time.
+    replicas: copies of policy and segmenter that share the videos (`cluster.eval_replicas`); one is `start`ed in this process.
     """
     evaluation.begin(episodes)
     done = evaluation.answered()
@@ -122,12 +133,13 @@ def predict(
     if not left:
         return
     samples = _samples(evaluation, left)  # before the policy starts: the sampler may need the device for a model of its own
-    note(f"starting {evaluation.policy.name} on {evaluation.policy.settings.cluster.device}")
-    with start(evaluation.policy) as model, open(evaluation.out / ANSWERS, "a", encoding="utf-8") as answers:
+    asked = list(zip(left, samples))
+    note(f"starting {evaluation.policy.name if evaluation.asks else 'the segmenter'} on {evaluation.policy.settings.cluster.device}" + f", {replicas} times" * (replicas > 1))
+    with _answering(evaluation, start, replicas) as answer, open(evaluation.out / ANSWERS, "a", encoding="utf-8") as answers:
         begun = said = time.monotonic()
         if not _ends_a_line(evaluation.out / ANSWERS):
             answers.write("\n")
-        for finished, answered in enumerate(_with_masks(model, evaluation, list(zip(left, samples))), 1):
+        for finished, answered in enumerate(answer(asked), 1):
             answers.write(json.dumps(answer_line(answered), ensure_ascii=False) + "\n")
             answers.flush()
             if time.monotonic() - said > NOTE_SECONDS or finished == len(left):
@@ -135,13 +147,30 @@ def predict(
                 note(f"{finished}/{len(left)} expressions, {duration((said - begun) / finished * (len(left) - finished))} left")
 
 
-def _with_masks(model: Inference, evaluation: Evaluation, asked: list[tuple[Episode, FrameSample | VideoError]]) -> Iterator[Answered]:
+@contextmanager
+def _answering(evaluation: Evaluation, start: Callable[[Policy], AbstractContextManager[Inference]] | None, replicas: int) -> Iterator[Callable[[Asked], Iterator[Answered]]]:
+    if replicas > 1:
+        from cluster.eval_replicas import copies
+
+        with copies(evaluation, replicas) as answer:
+            yield answer
+    else:
+        with here(evaluation) if start is None else start(evaluation.policy) as model:
+            yield partial(with_masks, model, evaluation)
+
+
+def here(evaluation: Evaluation) -> Inference:
+    """What the evaluation needs of its policy, to be loaded in this process."""
+    return Inference(evaluation.policy, asks=evaluation.asks)
+
+
+def with_masks(model: Inference, evaluation: Evaluation, asked: Asked) -> Iterator[Answered]:
     """The answers, each when its masks are on disk."""
     yield from (Answered(e, None, "unreadable", error=str(broken)) for e, broken in asked if isinstance(broken, VideoError))
     readable = [(e, sample) for e, sample in asked if not isinstance(sample, VideoError)]
     for i in range(0, len(readable), CHUNK):
         some = readable[i : i + CHUNK]
-        answers = (_true_answer(*one) for one in some) if evaluation.oracle in ("box", "mask") else model.answers(some)
+        answers = model.answers(some) if evaluation.asks else (_true_answer(*one) for one in some)
         for _, of_video in groupby(answers, key=lambda a: a.episode.video_id):
             yield from _video_with_masks(model, evaluation, list(of_video))
 

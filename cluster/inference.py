@@ -83,28 +83,18 @@ class Inference:
     """The parts, loaded: use it as a context manager. On a GPU where there is one, else on the CPU; `policy.settings` are resolved.
 
     The policy runs in vLLM's own process, driven by an event loop in a thread, so that it answers the next queries while masks are
-    made here. Not thread-safe.
+    made here. Not thread-safe. asks=False: the policy is not loaded, and there are masks alone.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy, self.settings = policy, policy.settings
+    def __init__(self, policy: Policy, asks: bool = True) -> None:
+        self.policy, self.settings, self._asks = policy, policy.settings, asks
         self._open = ExitStack()
 
     def __enter__(self) -> Inference:
         settings = self.settings
         with ExitStack() as opening:
-            path = opening.enter_context(self.policy.loadable())
-            self.builder = PromptBuilder(path, settings.prompt)
-            self._loop = asyncio.new_event_loop()
-            thread = threading.Thread(target=self._loop.run_forever, name="policy", daemon=True)
-            thread.start()
-            opening.callback(self._loop.close)
-            opening.callback(thread.join)
-            opening.callback(lambda: self._loop.call_soon_threadsafe(self._loop.stop))
-            self._slots = asyncio.Semaphore(IN_FLIGHT)
-            self._engine = RolloutEngine(path, settings.rollout, dtype=settings.policy.dtype, device=settings.cluster.device, seed=settings.run.seed)
-            opening.callback(lambda: self._wait(self._engine.shutdown(orderly=True)))
-            self._wait(self._engine.ready())
+            if self._asks:
+                self._load_policy(opening)
             if settings.cluster.device == "cpu":
                 opening.callback(torch.set_num_threads, torch.get_num_threads())
                 torch.set_num_threads(settings.segmentation.cpus_per_replica)
@@ -115,6 +105,20 @@ class Inference:
 
     def __exit__(self, *exc: object) -> None:
         self._open.close()
+
+    def _load_policy(self, opening: ExitStack) -> None:
+        settings, path = self.settings, opening.enter_context(self.policy.loadable())
+        self.builder = PromptBuilder(path, settings.prompt)
+        self._loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=self._loop.run_forever, name="policy", daemon=True)
+        thread.start()
+        opening.callback(self._loop.close)
+        opening.callback(thread.join)
+        opening.callback(lambda: self._loop.call_soon_threadsafe(self._loop.stop))
+        self._slots = asyncio.Semaphore(IN_FLIGHT)
+        self._engine = RolloutEngine(path, settings.rollout, dtype=settings.policy.dtype, device=settings.cluster.device, seed=settings.run.seed)
+        opening.callback(lambda: self._wait(self._engine.shutdown(orderly=True)))
+        self._wait(self._engine.ready())
 
     def segment(self, video: str | Path, query: str, sampler: FrameSampler | None = None, fps: float = FOLDER_FPS) -> Segmentation:
         """One query about one video; the sampler chooses the frames (None: `middle`). Raises VideoError where the video cannot be read,

@@ -4,15 +4,17 @@ import json
 import shutil
 import zipfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cluster import cli, eval_results, evaluate
+from cluster import cli, eval_results, evaluate, inference
 from cluster.benchmark_scores import BenchmarkScores, score_predictions
 from cluster.errors import UserError
+from cluster.eval_replicas import shares
 from cluster.eval_results import compare, table_lines, write_scores
 from cluster.evaluate import Evaluation, predict
 from cluster.expression_scores import MISSING, SCORED, ExpressionScore
@@ -75,6 +77,39 @@ def test_predictions_are_the_parts_put_together(evaluation, start, model, data):
     scores = score_predictions("toy", episodes, evaluation.predictions)
     assert scores.official == scores.strict and scores.strict["J"] == pytest.approx(100 * np.mean(j))
     assert not list(evaluation.out.rglob(".*"))
+
+
+def test_replicas_share_the_videos(evaluation, start, data, tmp_path, ray_session):
+    """Two copies say what one says, and their masks are its masks; a cluster that has no room for so many says so before anything starts."""
+    episodes, alone = list(read_episodes(data)), replace(evaluation, out=tmp_path / "alone")
+    predict(alone, episodes, print, start)
+    with pytest.raises(UserError, match="99 replicas of .* CPUs and 0 GPUs each, and the cluster has room for"):
+        predict(evaluation, episodes, print, replicas=99)
+    notes = []
+    predict(evaluation, episodes[:4], notes.append, replicas=2)
+    predict(evaluation, episodes, notes.append, start)  # goes on where the copies ended
+    assert any("2 times" in note for note in notes) and any("4 of 6 expressions were answered before" in note for note in notes)
+    said = [{line["episode_id"]: (line["status"], line["completion"], line["target_frame"]) for line in lines(e)} for e in (evaluation, alone)]
+    assert said[0] == said[1] and len(said[0]) == len(episodes)
+    for e in episodes:
+        pairs = [(image(evaluation, e, t) > 0, image(alone, e, t) > 0) for t in e.annotated_frames]
+        assert np.mean([jaccard(a, b) for a, b in pairs]) > 0.99
+
+
+def test_shares_are_whole_videos():
+    asked = [(SimpleNamespace(video_id=video), number) for video, count in (("a", 20), ("b", 20), ("c", 50), ("d", 1)) for number in range(count)]
+    found = [[e.video_id for e, _ in share] for share in shares(asked)]
+    assert found == [["a"] * 20 + ["b"] * 20, ["c"] * 50, ["d"]]
+
+
+def test_an_oracle_that_answers_loads_no_policy(evaluation, data, monkeypatch):
+    def loaded(*args, **kwargs):
+        raise AssertionError("the policy was loaded")
+
+    monkeypatch.setattr(inference, "RolloutEngine", loaded)
+    episodes, notes = list(read_episodes(data))[:2], []
+    predict(replace(evaluation, oracle="box"), episodes, notes.append)
+    assert {line["status"] for line in lines(evaluation)} == {"ok"} and "starting the segmenter on cpu" in notes
 
 
 def test_what_is_answered_is_not_asked_again(evaluation, start, data):
@@ -153,7 +188,7 @@ def test_a_folder_belongs_to_one_evaluation(evaluation, start, data):
 
 
 def test_the_command(evaluation, start, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "predict", lambda evaluation, episodes, note: predict(evaluation, episodes, note, start))
+    monkeypatch.setattr(evaluate, "predict", lambda evaluation, episodes, note, replicas: predict(evaluation, episodes, note, start, replicas))
     out = str(tmp_path / "a")
     command = ["eval", "toy", str(TOY / "policy"), "--config", "debug", "--data", str(data), *TOY_MODELS[1:]]
     assert cli.main([*command, "--out", out, "--zip", str(tmp_path / "a.zip")]) == 0
@@ -195,7 +230,7 @@ def test_the_command(evaluation, start, data, tmp_path, monkeypatch, capsys):
 
 
 def test_a_split_without_public_masks_is_predicted_whole_and_not_scored(evaluation, start, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "predict", lambda evaluation, episodes, note: predict(evaluation, episodes, note, start))
+    monkeypatch.setattr(evaluate, "predict", lambda evaluation, episodes, note, replicas: predict(evaluation, episodes, note, start, replicas))
     hidden = [replace(e, annotated_frames=(), objects=()) for e in read_episodes(data)][:1]
     write_episodes(hidden, tmp_path / "hidden/part.parquet")
     arguments = ["eval", "toy", str(TOY / "policy"), "--config", "debug", "--data", str(tmp_path / "hidden"), "--out", str(tmp_path / "o"), *TOY_MODELS[1:]]
