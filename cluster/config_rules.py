@@ -203,7 +203,14 @@ def combination_problems(config: RunConfig) -> list[Problem]:
     best = config.loop.keep_best
     refuse(best is not None and not config.eval.every, "loop.keep_best", f"is {best}, but nothing is evaluated during training", "set eval.every")
     refuse(
-        best == "iou/video" and not config.reward.needs_video_masks, "loop.keep_best", "is iou/video, but no reward term propagates masks", "use iou/mask"
+        best == "iou/video" and not (config.eval.propagate or config.reward.needs_video_masks), "loop.keep_best", "is iou/video, but no reward term propagates masks", "set eval.propagate=true, or use iou/mask"
+    )
+    refuse(best == "j_and_f" and not config.eval.propagate, "loop.keep_best", "is j_and_f, but eval.propagate is false", "set eval.propagate=true, or use iou/mask")
+    refuse(
+        config.eval.propagate and config.segmentation.propagation.checkpoint is None,
+        "eval.propagate",
+        "is true, and segmentation.propagation.checkpoint is null",
+        "set that to weights such as XMem.pth or examples/toy/models/xmem, or this to false",
     )
     sft = config.run.task == "sft"
     measured, instead = ("the loss alone", "sft/loss") if sft else ("no such loss", "iou/box")

@@ -10,7 +10,7 @@ from cluster.scoring import ScoredGroup
 
 
 def held_out_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Means over episodes: reward, box, mask and video IoU (boxes also by difficulty class), length, share of well-formed answers.
+    """Means over episodes: reward, box, mask and video IoU (boxes also by difficulty class), F and J&F of the video, length, share of well-formed answers.
 
     Episodes whose video broke in tracking are left out, as every evaluation leaves them out. Raises RuntimeError if another
     could not be scored: a mean over some of the episodes cannot be compared.
@@ -32,6 +32,9 @@ def held_out_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
             add("iou/mask", g.mask_ious[0])
         if g.video_ious:
             add("iou/video", g.video_ious[0])
+        if g.video_fs:
+            add("f/video", g.video_fs[0])
+            add("j_and_f", (g.video_ious[0] + g.video_fs[0]) / 2)
         add("length/response", len(g.completions[0].token_ids))
         add("well_formed", g.answers[0].well_formed)
     return {name: float(np.mean(values)) for name, values in columns.items()}

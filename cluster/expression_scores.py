@@ -24,6 +24,8 @@ from rollout.media import frame_names
 from segmentation_service.video import VideoError, open_video
 
 T = TypeVar("T")
+OWN = "own"
+"""Source of a user's videos, whose void pixels are left out; the benchmarks' programs take void in videos as background."""
 SCORED, NO_VIDEO, MISSING, BROKEN = "scored", "no folder of its video", "no prediction", "broken prediction"
 UNREADABLE = "its video cannot be read"  # whose frames' names the predictions bear
 
@@ -175,7 +177,8 @@ class _Expression:
         if image:
             self._rows.append((0.0, 0.0, *intersection_and_union(predicted_HW, counts_HW, self._episode.ignored(t))))
             return
-        row = [*jaccard_and_f(predicted_HW, counts_HW), 0, 0]
+        void_HW = self._episode.ignored(t) if self._episode.ignore and self._episode.source == OWN else None
+        row = [*jaccard_and_f(predicted_HW, counts_HW, void_HW), 0, 0]
         if foreground_HW is not None:
             row.append(((predicted_HW > 0) * np.uint8(255) == counts_HW).mean())
             row += [robustness(predicted_HW, counts_HW, foreground_HW, value) for value in (1, 255)]

@@ -155,16 +155,16 @@ class Run:
         return self.answer(draws, rollout.group_size, self.sampling(), log_masks, self.online)
 
     def answer(
-        self, draws: list[Draw], count: int, sampling: SamplingConfig, masks: bool, online: OnlineDifficulty | None = None
+        self, draws: list[Draw], count: int, sampling: SamplingConfig, masks: bool, online: OnlineDifficulty | None = None, propagated: bool = False
     ) -> list[asyncio.Task[ScoredGroup]]:
-        """`count` completions of every draw, and their scores; `masks` asks for masks also where no reward term needs them. Without
-        `online` the episodes' own ratings count."""
+        """`count` completions of every draw, and their scores; `masks` asks for masks also where no reward term needs them, `propagated` for J and F of
+        those carried through the video. Without `online` the episodes' own ratings count."""
         seeds = [sampling_seeds(self.config.run.seed, self.step, draw.position, count) for draw in draws]
         asked = [(draw.prompt, count, sampling, s) for draw, s in zip(draws, seeds)]
         if not self.config.loop.deterministic:
 
             async def one(draw: Draw, prompt: tuple) -> ScoredGroup:
-                return await self.score(draw, await self.engines.call(draw.position, "generate", *prompt), masks, online)
+                return await self.score(draw, await self.engines.call(draw.position, "generate", *prompt), masks, online, propagated)
 
             return [asyncio.ensure_future(one(*both)) for both in zip(draws, asked)]
 
@@ -175,21 +175,21 @@ class Run:
         async def in_order(i: int, before: asyncio.Task | None) -> ScoredGroup:
             completions = (await shares[i % engines])[i // engines]
             await asyncio.gather(*shares, *([before] if before else []))
-            return await self.score(draws[i], completions, masks, online)
+            return await self.score(draws[i], completions, masks, online, propagated)
 
         tasks: list[asyncio.Task[ScoredGroup]] = []
         for i in range(len(draws)):
             tasks.append(asyncio.ensure_future(in_order(i, tasks[-1] if tasks else None)))
         return tasks
 
-    async def score(self, draw: Draw, completions: list, masks: bool, online: OnlineDifficulty | None) -> ScoredGroup:
+    async def score(self, draw: Draw, completions: list, masks: bool, online: OnlineDifficulty | None, propagated: bool = False) -> ScoredGroup:
         config = self.config
-        video = config.reward.needs_video_masks
+        video = propagated or config.reward.needs_video_masks
         segment = partial(self.segmenters.call, draw.position, "segment_group", tries=2) if masks or video or config.reward.needs_predicted_masks else None
         propagate = partial(self.segmenters.call, draw.position, "propagate_group", tries=2) if video else None
         tokenizer = self.draws.builder.tokenizer
         think_tokens = [len(tokenizer(think_text(c.text), add_special_tokens=False)["input_ids"]) for c in completions]
-        return await score_group(draw, completions, think_tokens, config.reward, segment, propagate, config.loop.score_tries, online)
+        return await score_group(draw, completions, think_tokens, config.reward, segment, propagate, config.loop.score_tries, online, boundaries=propagated)
 
     def sampling(self) -> SamplingConfig:
         """How completions are drawn, with the two largest log-probs where a reward term asks how uncertain the policy was."""
@@ -264,7 +264,7 @@ class Run:
         """One greedy answer to each held-out episode; the answers are kept in `evaluations/`, the means as `eval/*`."""
         with self.stage("evaluate"):
             draws, broken = await asyncio.to_thread(self.held_out.held_out, self.config.eval.episodes)
-            groups = await asyncio.gather(*self.answer(draws, 1, self.sampling().greedy(), masks=True))
+            groups = await asyncio.gather(*self.answer(draws, 1, self.sampling().greedy(), masks=True, propagated=self.config.eval.propagate))
         broken += broken_episodes(groups)
         values = held_out_metrics(groups) | left_out_metrics([b.kind for b in broken])
         rollout_log.write_rollouts(self.folder.path / "evaluations", self.step, rollout_rows(self.step, groups, {}, self.policy["processor"]))

@@ -17,7 +17,7 @@ from reward_service import Answer, RewardConfig, Score, Target, parse_answer
 from reward_service.difficulty import OnlineDifficulty, success_rate, uncertainty
 from reward_service.length import difficulty_class
 from reward_service.matching import assign, box_iou_matrix
-from reward_service.measures import jaccard
+from reward_service.measures import jaccard, jaccard_and_f
 from rollout.engine import Completion
 from rollout.episodes import Episode
 from segmentation_service.masks import decode_rle
@@ -52,6 +52,7 @@ class ScoredGroup:
     box_ious: tuple[float, ...] = ()
     mask_ious: tuple[float, ...] = ()
     video_ious: tuple[float, ...] = ()
+    video_fs: tuple[float, ...] = ()
     success_rate: float | None = None
     uncertainties: tuple[float, ...] = ()
     failure: str | None = None
@@ -72,9 +73,10 @@ async def score_group(
     propagate: PropagateGroup | None = None,
     tries: int = 3,
     online: OnlineDifficulty | None = None,
+    boundaries: bool = False,
 ) -> ScoredGroup:
     """The group with its scores. `segment` may be None where no active term needs masks, `propagate` where none needs them on
-    the annotated frames of the video; it is given the masks of `segment`. With `online` the difficulty is what it makes of the
+    the annotated frames of the video; it is given the masks of `segment`, and with `boundaries` F is measured besides J. With `online` the difficulty is what it makes of the
     episode's rating and this group's success."""
     prompt = draw.prompt
     answers = tuple(parse_answer(c.text).to_frame(prompt.units, prompt.policy_hw, prompt.frame_hw) for c in completions)
@@ -104,6 +106,7 @@ async def score_group(
     if online is not None:
         success = success_rate(mask_ious if online.config.success == "mask_iou" else box_ious, online.config.success_above)
         difficulty = online.difficulty(draw.episode.episode_id, difficulty, success)
+    measured = () if tracks is None or truth is None else video_measures(tracks, draw.episode, boundaries)
     uncertainties = tuple(uncertainty(c.top_logprobs) for c in completions) if config.needs_uncertainty else ()
     scores = reward_service.score_group(
         answers,
@@ -123,7 +126,8 @@ async def score_group(
         scores=tuple(scores),
         box_ious=box_ious,
         mask_ious=mask_ious,
-        video_ious=() if tracks is None or truth is None else mean_video_ious(tracks, draw.episode),
+        video_ious=tuple(j for j, _ in measured),
+        video_fs=tuple(f for _, f in measured) if boundaries else (),
         uncertainties=uncertainties,
     )
 
@@ -173,14 +177,16 @@ def mean_box_iou(answer: Answer, target: Target) -> float:
     return float(iou[assign(iou)].sum() / max(len(boxes), len(truth)))
 
 
-def mean_video_ious(tracks: Sequence[dict[int, list[dict]]], episode: Episode) -> tuple[float, ...]:
-    """For each answer the mean over the annotated frames of J: the union of its masks against that of all the query's targets.
-    Pixels that the episode ignores are left out."""
-    size, totals = (episode.height, episode.width), np.zeros(len(tracks))
+def video_measures(tracks: Sequence[dict[int, list[dict]]], episode: Episode, boundaries: bool = False) -> list[tuple[float, float]]:
+    """For each answer the means over the annotated frames of J and, with `boundaries`, F (else 0): the union of its masks against that of all the
+    query's targets. Pixels that the episode ignores are left out."""
+    size, totals = (episode.height, episode.width), np.zeros((len(tracks), 2))
     for t in episode.annotated_frames:
         truth, ignored = episode.masks(t).any(0), episode.ignored(t)
-        totals += [jaccard(_decode(track[t], size).any(0), truth, ignored) for track in tracks]
-    return tuple((totals / len(episode.annotated_frames)).tolist())
+        for n, track in enumerate(tracks):
+            predicted = _decode(track[t], size).any(0)
+            totals[n] += jaccard_and_f(predicted, truth, ignored) if boundaries else (jaccard(predicted, truth, ignored), 0.0)
+    return [tuple(row) for row in (totals / len(episode.annotated_frames)).tolist()]
 
 
 def _decode(rles: Sequence[dict], hw: tuple[int, int]) -> np.ndarray:

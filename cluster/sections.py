@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Optional
 
-KEEP_BEST = ("reward/mean", "iou/box", "iou/mask", "iou/video", "sft/loss")
+KEEP_BEST = ("reward/mean", "iou/box", "iou/mask", "iou/video", "j_and_f", "sft/loss")
 TASKS = ("rl", "sft")
 SINKS = ("tensorboard", "prometheus", "wandb", "mlflow")
 CONTROLS = ("none", "shuffled_queries", "blank_frames")
@@ -178,6 +178,7 @@ class EvalConfig:
         default=True, metadata={"help": "Evaluate before the first and after the last step, greedily, on the same episodes."}
     )
     every: int = field(default=0, metadata={"help": "Also evaluate after every n-th step; 0: not.", "min": 0})
+    propagate: bool = field(default=False, metadata={"help": "Carry the masks of held-out answers through their videos: J&F, as `videoseg eval` counts it."})
     episodes: int = field(default=64, metadata={"help": "Held-out episodes, spread evenly over the data set (all, if it has fewer).", "min": 1})
 
 

@@ -13,8 +13,9 @@ from cluster.benchmark_scores import score_predictions
 from cluster.errors import UserError
 from cluster.expression_scores import BROKEN, MISSING, NO_VIDEO, SCORED, UNREADABLE
 from benchmarks.plain_measures import boundary_f, jaccard
-from rollout.episodes import read_episodes
+from rollout.episodes import IgnoreMask, read_episodes
 from rollout.importers.driver import import_data
+from segmentation_service.masks import encode_rle
 from tests.rollout import miniatures
 from tests.rollout.miniatures import HW, NAMES
 
@@ -85,6 +86,21 @@ def test_mevis(tmp_path, rng, workers):
     assert (found.official["J"], found.official["F"]) == pytest.approx((100 * one[0] / 2, 100 * one[1] / 2))
     assert (found.strict["J"], found.strict["F"]) == pytest.approx((100 * one[0] / 4, 100 * one[1] / 4))
     assert "00003.png is (3, 4), the frame (24, 32)" in found.failures[1].detail
+
+
+def test_void_pixels_of_own_videos_count_for_nothing_and_those_of_benchmarks_as_background(tmp_path, rng):
+    miniatures.mevis(tmp_path / "mevis")
+    episode = next(e for e in imported("mevis", tmp_path / "mevis", tmp_path / "data", "valid_u") if e.num_frames > 1)
+    void = np.zeros(HW, bool)
+    void[:, : HW[1] // 2] = True
+    frames, place = episode.annotated_frames, tmp_path / "p" / episode.video_id / episode.expression_id
+    place.mkdir(parents=True)
+    for t in frames:
+        said = np.where(void, rng.random(HW) < 0.5, truth_of(episode, t))
+        Image.fromarray(said.astype(np.uint8) * np.uint8(255)).save(place / f"{NAMES[t]}.png")
+    ignoring = replace(episode, ignore=tuple(IgnoreMask(t, encode_rle(void)["counts"]) for t in frames))
+    own, official = (score_predictions(source, [replace(ignoring, source=source)], tmp_path / "p").strict for source in ("own", "mevis"))
+    assert own == pytest.approx({"J&F": 100, "J": 100, "F": 100}) and official["J"] < 90
 
 
 def test_any_value_above_black_is_the_answer(tmp_path, rng):

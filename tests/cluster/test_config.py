@@ -362,6 +362,8 @@ def test_what_the_machine_lacks_is_told_before_the_start():
         (["learner.dual_clip=3.0", "learner.surrogate=cispo"], "learner.dual_clip"),
         (["loop.keep_best=iou/box"], "loop.keep_best"),
         (["loop.keep_best=iou/video", "eval.every=5"], "loop.keep_best"),
+        (["loop.keep_best=j_and_f", "eval.every=5"], "loop.keep_best"),
+        (["eval.propagate=true", "segmentation.propagation.checkpoint=null"], "eval.propagate"),
         (["loop.keep_best=sft/loss", "eval.every=5"], "loop.keep_best"),
         (["loop.keep_best=iou/box", "eval.every=5", "run.task=sft"], "loop.keep_best"),
         (["sft.thought=it is {who}"], "sft.thought"),

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cluster import config, config_files
 from cluster.draws import BrokenEpisode, Draws
 from cluster.errors import RunFailed
-from cluster.evaluation import held_out_metrics
 from cluster.errors import PartLost
+from cluster.evaluation import held_out_metrics
+from cluster.expression_scores import score_video
 from cluster.metrics import completion_metrics
 from cluster.rollout_rows import scored_completions
 from cluster.run import Run
@@ -57,7 +59,7 @@ def right_and_wrong(draw):
     return [completion(draw.prompt, objects) for objects in (right, [([0, 0, 3, 3], np.array([1, 1]))], [])]
 
 
-def test_a_group_is_tracked_once_and_earns_the_mean_j_of_its_masks(ray_session, located, draws):
+def test_a_group_is_tracked_once_and_earns_the_mean_j_of_its_masks(ray_session, located, draws, tmp_path):
     import ray
 
     from cluster.replicas import Replicas
@@ -69,7 +71,7 @@ def test_a_group_is_tracked_once_and_earns_the_mean_j_of_its_masks(ray_session, 
     draw = max((d for d in draws.held_out(6)[0] if len(d.target) == 1), key=lambda d: d.target.masks.sum())
 
     async def scored():
-        return await Run.score(run, draw, right_and_wrong(draw), masks=False, online=None)
+        return await Run.score(run, draw, right_and_wrong(draw), masks=False, online=None, propagated=True)
 
     try:
         ray.get(actor.ready.remote(), timeout=120)
@@ -95,7 +97,14 @@ def test_a_group_is_tracked_once_and_earns_the_mean_j_of_its_masks(ray_session, 
     assert [group.scores[2].terms[term] for term in ("mask_iou", "video_quality", "temporal_consistency")] == [0, 0, 0]
     metrics = completion_metrics(scored_completions([group], version=0))
     assert metrics["reward/term/video_quality"] == pytest.approx(np.mean([s.terms["video_quality"] for s in group.scores]))
-    assert held_out_metrics([group])["iou/video"] == pytest.approx(j)
+    held_out = held_out_metrics([group])
+    assert held_out["iou/video"] == pytest.approx(j) and held_out["j_and_f"] == pytest.approx(j_and_f(found_THW, true_THW).j_and_f)
+    for t, mask in enumerate(found_THW):  # as `videoseg eval` leaves them
+        file = tmp_path / draw.episode.video_id / draw.episode.expression_id / f"{t:05d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask.astype(np.uint8) * np.uint8(255)).save(file)
+    (evaluated,) = score_video([draw.episode], tmp_path)
+    assert (held_out["iou/video"], held_out["f/video"]) == pytest.approx((evaluated.j, evaluated.f), abs=1e-12)
 
 
 def test_grey_videos_are_tracked_grey(located, draws):
