@@ -30,13 +30,14 @@ VICTIMS = {"engine": ENGINE, "vLLM's process": CORE, "segmenter": SEGMENTER, "le
 PHASES = {
     "generation": f"{ENGINE}.generate",
     "scoring": f"{SEGMENTER}.segment_group",
+    "gradients": f"{LEARNER}.accumulate",
     "update": f"{LEARNER}.train_step",
     "sync": f"{LEARNER}.weight_buckets",
     "checkpoint": f"{LEARNER}.save",
     "any moment": "",
 }
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}
-MODES = {"synchronous": ["loop.max_staleness=0"], "one step off": ["loop.max_staleness=1"], "asynchronous": ["loop.max_staleness=2", "loop.wait_for=0.75", "loop.late_groups=next_step"]}
+MODES = {"synchronous": ["loop.max_staleness=0"], "on arrival": ["loop.learn_on_arrival=true"], "one step off": ["loop.max_staleness=1"], "asynchronous": ["loop.max_staleness=2", "loop.wait_for=0.75", "loop.late_groups=next_step"]}
 LIMIT = 300.0
 """Seconds from a fault to the next step: the longest time limit that can pass before it is noticed (a minute and a half), and two starts of all parts."""
 
