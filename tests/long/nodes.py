@@ -22,7 +22,7 @@ from typing import Any
 
 from tests.conftest import ROOT
 
-SUBNET = "10.213.77"
+SUBNET, FIRST = "10.213.77", 10  # of addresses: the head has the first
 BRIDGE = "vsgbr"
 NAMES = tuple(f"vsg{i}" for i in range(3))  # namespaces; the first is the head
 STORE_BYTES = 100_000_000
@@ -40,6 +40,16 @@ class Nodes:
         request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"})
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
             return json.load(answer)
+
+    @contextmanager
+    def cut(self, address: str) -> Iterator[None]:
+        """Inside, the node with this address reaches no other, and none reaches it."""
+        outside = f"{NAMES[int(address.rpartition('.')[2]) - FIRST]}o"
+        _ip(f"link set {outside} down")
+        try:
+            yield
+        finally:
+            _ip(f"link set {outside} up")
 
     def listed(self, what: str) -> list[dict[str, Any]]:
         """`nodes`, or `actors` (dead ones too), as `ray list` has them."""
@@ -69,7 +79,7 @@ def namespaces_can_be_made() -> bool:
 @contextmanager
 def _in_namespaces(cpus: tuple[int, ...], environment: dict[str, str]) -> Iterator[Nodes]:
     folder = Path(tempfile.mkdtemp(prefix="videoseg-nodes-", dir="/tmp"))
-    addresses = [f"{SUBNET}.{10 + i}" for i in range(len(cpus))]
+    addresses = [f"{SUBNET}.{FIRST + i}" for i in range(len(cpus))]
     processes = []
     try:
         _ip(f"link add {BRIDGE} type bridge", f"addr add {SUBNET}.1/24 dev {BRIDGE}", f"link set {BRIDGE} up")
