@@ -92,7 +92,7 @@ def plot(results: dict, file: Path) -> None:
     for name, result in results.items():
         during.plot(smooth(result["curves"]["iou/box"]), label=name, alpha=0.9 if name.startswith("seed") else 0.6)
     during.set(xlabel="step", ylabel="box IoU of training samples, mean of 5 steps", title="Reinforcement learning")
-    during.legend()
+    during.legend(loc="lower right", bbox_to_anchor=(1, 0.03), ncols=2)  # between the curves and those of blank frames, at 0
     names = list(results)
     for offset, measure in ((-0.2, "iou/box"), (0.2, "iou/mask")):
         after.barh([i + offset for i in range(len(names))], [results[n]["gain"][measure] for n in names], 0.35, label=measure)
