@@ -141,6 +141,22 @@ RECORDS = {
         ("controller: pipeline and ledger, 4,096 groups a step", "controller.3.microseconds_a_group", "microseconds a group"),
         ("controller: with calls of eight actors, and rewards", "engines.3.microseconds_a_group", "microseconds a group"),
     ],
+    "whole-loop-benchmark.json": [
+        ("the toy policy, 16 completions a step, against TRL: synchronous", "times_as_fast_as_trl.ours", "times as fast"),
+        ("the same, gradients begun as groups arrive", "times_as_fast_as_trl.ours_on_arrival", "times as fast"),
+        ("the same, one step off", "times_as_fast_as_trl.ours_one_step_off", "times as fast"),
+        ("completions a second: ours, synchronous", "sides.ours.completions_per_second", "completions/s"),
+        ("completions a second: TRL", "sides.TRL.completions_per_second", "completions/s"),
+        ("memory: ours", "sides.ours.peak_gib", "GiB"),
+        ("memory: TRL", "sides.TRL.peak_gib", "GiB"),
+    ],
+    "whole-loop-small-benchmark.json": [
+        ("22 million weights, prompts of 900 tokens from six frames, 192 new tokens, against TRL", "times_as_fast_as_trl.ours", "times as fast"),
+        ("completions a second: ours", "sides.ours.completions_per_second", "completions/s"),
+        ("completions a second: TRL", "sides.TRL.completions_per_second", "completions/s"),
+        ("memory: ours", "sides.ours.peak_gib", "GiB"),
+        ("memory: TRL", "sides.TRL.peak_gib", "GiB"),
+    ],
     "simulator-benchmark.json": [("largest error of six predicted step times", "largest_error", "of the measured time")],
     "evaluation-benchmark.json": [("scoring a video benchmark against the way of the official evaluators", "plain_over_ours", "times as fast")],
 }
