@@ -25,7 +25,7 @@ from pathlib import Path
 
 import psutil
 
-from side_by_side import machine, publish
+from side_by_side import machine, publish, ratio
 from cluster.metrics import read_metrics
 from rollout.toy_data import write_toy_data
 
@@ -128,10 +128,7 @@ def main() -> None:
         }
         for name, each in runs.items()
     }
-    ratios = {}
-    for name in args.ours:
-        each = [theirs / mine for mine, theirs in zip(medians[name], medians["TRL"])]
-        ratios[name] = {which.__name__: round(which(each), 3) for which in (statistics.median, min, max)}
+    ratios = {name: ratio({side: {"each": seconds} for side, seconds in medians.items()}, "TRL", name) for name in args.ours}
     record = {"machine": machine(2), "size": vars(args) | {"json": None, "completions_per_step": a_step}, "sides": sides, "times_as_fast_as_trl": ratios}
     publish(record, args.json)
     for name, side in sides.items():

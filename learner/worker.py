@@ -138,7 +138,8 @@ class LearnerWorker:
         step = self._begun or Step(self.device)
         step.clock.resume()
         config, everything = self.policy.model.config, [*step.samples, *samples]
-        check_samples(everything, self.banned_token_ids, (config.image_token_id, config.video_token_id), self.patches.merge)
+        if samples or not step.samples:  # all may have been accumulated before
+            check_samples(samples, self.banned_token_ids, (config.image_token_id, config.video_token_id), self.patches.merge)
         parts = self._minibatches(everything, range(len(step.samples), len(everything)))
         plans = [self._plan(everything, part) for part in parts]
         check_fingerprints(everything, {i for plan in plans for indices in plan[self.rank] for i in indices})

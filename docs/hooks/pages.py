@@ -105,6 +105,12 @@ def recipes() -> str:
     return RECIPES_HEAD + table + files
 
 
+BESIDE_TRL = [
+    (f"{what}: {side}", f"sides.{place}.{key}", unit)
+    for what, key, unit in (("completions a second", "completions_per_second", "completions/s"), ("memory", "peak_gib", "GiB"))
+    for side, place in (("ours, synchronous", "ours"), ("TRL", "TRL"))
+]
+
 # What the page about performance takes from each record of docs/: words, place in the JSON, unit.
 RECORDS = {
     "learner-benchmark.json": [
@@ -145,17 +151,11 @@ RECORDS = {
         ("the toy policy, 16 completions a step, against TRL: synchronous", "times_as_fast_as_trl.ours", "times as fast"),
         ("the same, gradients begun as groups arrive", "times_as_fast_as_trl.ours_on_arrival", "times as fast"),
         ("the same, one step off", "times_as_fast_as_trl.ours_one_step_off", "times as fast"),
-        ("completions a second: ours, synchronous", "sides.ours.completions_per_second", "completions/s"),
-        ("completions a second: TRL", "sides.TRL.completions_per_second", "completions/s"),
-        ("memory: ours", "sides.ours.peak_gib", "GiB"),
-        ("memory: TRL", "sides.TRL.peak_gib", "GiB"),
+        *BESIDE_TRL,
     ],
     "whole-loop-small-benchmark.json": [
-        ("22 million weights, prompts of 900 tokens from six frames, 192 new tokens, against TRL", "times_as_fast_as_trl.ours", "times as fast"),
-        ("completions a second: ours", "sides.ours.completions_per_second", "completions/s"),
-        ("completions a second: TRL", "sides.TRL.completions_per_second", "completions/s"),
-        ("memory: ours", "sides.ours.peak_gib", "GiB"),
-        ("memory: TRL", "sides.TRL.peak_gib", "GiB"),
+        ("22 million weights, prompts of 900 tokens from six frames, 192 new tokens, against TRL: synchronous", "times_as_fast_as_trl.ours", "times as fast"),
+        *BESIDE_TRL,
     ],
     "simulator-benchmark.json": [("largest error of six predicted step times", "largest_error", "of the measured time")],
     "evaluation-benchmark.json": [("scoring a video benchmark against the way of the official evaluators", "plain_over_ours", "times as fast")],
