@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cluster.config import RunConfig
 from cluster.config_file import config_error
@@ -26,6 +26,7 @@ class Hardware:
     cores: int = 1
     ram_gib: float = 4.0
     nodes: int = 1
+    each: tuple[Hardware, ...] = field(default=(), compare=False, repr=False)  # of several nodes
 
     def threads(self, parts: int) -> int:
         """Cores for each of so many equal parts of a run, at most those of one node."""
@@ -42,6 +43,7 @@ def together(machines: Sequence[Hardware]) -> Hardware:
         cores=min(m.cores for m in machines),
         ram_gib=min(m.ram_gib for m in machines),
         nodes=len(machines),
+        each=tuple(machines) if len(machines) > 1 else (),
     )
 
 

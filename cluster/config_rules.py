@@ -39,6 +39,7 @@ _MAY_CHANGE = (
     "learner.port",
     "learner.logprob_chunk_tokens",
     "learner.gradient_checkpointing",
+    "rollout.sync_check_every",
     "rollout.sync_timeout_seconds",
     "rollout.gpu_memory_utilization",
     "rollout.kv_cache_gb",

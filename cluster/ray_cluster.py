@@ -31,7 +31,8 @@ def hardware(config: ClusterConfig) -> Hardware:
 
     A cluster is joined for it, and stays joined.
     """
-    if ray.is_initialized() or (config.address or os.environ.get("RAY_ADDRESS") or "local") == "local":
+    here = (config.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+    if here and not (ray.is_initialized() and len(ray.nodes()) > 1):
         return detect_hardware()
     join_cluster(config)
     nodes = [node for node in ray.nodes() if node["Alive"]]

@@ -22,7 +22,7 @@ from reward_service.difficulty import OnlineDifficulty
 from rollout.config import SamplingConfig
 from rollout.fingerprints import model_fingerprint, policy_fingerprints
 
-from cluster import checkpoints, paths, rollout_log
+from cluster import checkpoints, paths, ray_cluster, rollout_log
 from cluster.checkpoints import Checkpoint
 from cluster.config import RunConfig
 from cluster.draws import SUBSTITUTES, BrokenEpisode, Draw, Draws
@@ -67,6 +67,7 @@ class Run:
     before: dict[str, float] | None = None  # the evaluation before the first step
     online: OnlineDifficulty | None = None  # success rates of the episodes, where difficulty is estimated from them
     saved: int = -1  # step of the newest checkpoint
+    syncs: int = 0  # of the weights, since the parts started
     skipped_in_a_row: int = 0  # the last steps that left an update out
     mismatch: float = 0.0  # KL of rollout and learner in the last step, nats a token
     times: StageTimes = field(default_factory=StageTimes)
@@ -101,7 +102,7 @@ class Run:
             for number, theirs in enumerate(await gather([engine.fingerprints.remote() for engine in actors.engines])):
                 check_fingerprints(ours, theirs, number)
             if not folder.exists():
-                folder.create(config)
+                folder.create(config, await asyncio.to_thread(ray_cluster.hardware, config.cluster))
             if checkpoint is not None:
                 await gather([learner.load.remote(str(checkpoint.path.absolute() / "learner")) for learner in actors.learners])
             since = checkpoint.step if checkpoint else -1  # -1: from the very beginning, also where a run was lost before its first checkpoint
@@ -133,10 +134,10 @@ class Run:
         Where the videos of all of them break in tracking, the next episodes are taken. Raises RunFailed if that does not end.
         """
         self.times, self.broken, self.dropped = StageTimes(), [], []
-        self.arrivals = Arrivals(self.actors.learners, self.config.learner, self.timeline) if self.config.loop.learn_on_arrival else None
+        self.arrivals = Arrivals(self.actors.learners, self.config.learner, self.timeline, self.learning) if self.config.loop.learn_on_arrival else None
         for _ in range(1 + SUBSTITUTES):
             with self.stage("rollout"):
-                taken = await self.pipeline.take(self.step, self._arrived if self.arrivals else None)
+                taken = await (self.arrivals.unless_lost(self.pipeline.take(self.step, self._arrived)) if self.arrivals else self.pipeline.take(self.step))
             self.broken += broken_episodes(taken.groups)
             self.dropped += taken.dropped
             if not all(g.broken for g in taken.groups):
@@ -213,7 +214,9 @@ class Run:
 
     async def _send_weights(self, engines: Sequence[Any], version: int) -> dict[str, float]:
         try:
-            return await sync_weights(engines, self.actors.learners, version, self.config)
+            sent = await sync_weights(engines, self.actors.learners, version, self.config, checked=self.syncs % self.config.rollout.sync_check_every == 0)
+            self.syncs += 1
+            return sent
         except LOST as error:
             await self._check_learners(error)
             raise

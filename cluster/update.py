@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -18,16 +18,20 @@ from learner.schedule import unit_tokens
 from cluster.placement import gather
 from cluster.timeline import Timeline
 
+T = TypeVar("T")
+
 
 class Arrivals:
     """Groups whose gradients the learners begin with while others are still on their way, a micro-batch for every rank at a time.
 
-    `begun`: their numbers. Needs advantages that follow from a group alone, and one update a step.
+    `begun`: their numbers. Needs advantages that follow from a group alone, and one update a step. `learning` waits for what learners were asked, and raises
+    where one is lost.
     """
 
-    def __init__(self, learners: Sequence[Any], config: LearnerConfig, timeline: Timeline) -> None:
+    def __init__(self, learners: Sequence[Any], config: LearnerConfig, timeline: Timeline, learning: Callable[[Awaitable], Awaitable]) -> None:
         self.begun: set[int] = set()
-        self._learners, self._config, self._timeline = learners, config, timeline
+        self._learners, self._config, self._timeline, self._learning = learners, config, timeline, learning
+        self._failed = asyncio.Event()
         self._waiting: list[list[Sample]] = []
         self._calls: list[asyncio.Task] = []
 
@@ -43,13 +47,29 @@ class Arrivals:
         """Raises what a learner raised."""
         await asyncio.gather(*self._calls)
 
+    async def unless_lost(self, work: Awaitable[T]) -> T:
+        """The result of `work`, which is abandoned as soon as a learner fails: then raises what that raised."""
+        working, failed = asyncio.ensure_future(work), asyncio.ensure_future(self._failed.wait())
+        try:
+            await asyncio.wait({working, failed}, return_when=asyncio.FIRST_COMPLETED)
+            if failed.done():
+                await self.done()
+            return await working
+        finally:
+            working.cancel()
+            failed.cancel()
+
     def close(self) -> None:
         for call in self._calls:
             call.cancel()
 
     async def _finished(self, calls: list, groups: int) -> None:
-        with self._timeline.span("learner", "accumulate", groups=groups):
-            await gather(calls)
+        try:
+            with self._timeline.span("learner", "accumulate", groups=groups):
+                await self._learning(gather(calls))
+        except Exception:
+            self._failed.set()
+            raise
 
 
 async def update(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -31,14 +32,14 @@ async def connect(actors: Actors, config: RunConfig) -> None:
     await gather([learner.connect.remote(config.rollout.weight_sync, client, BUCKET_BYTES, rendezvous) for learner in actors.learners])
 
 
-async def sync_weights(engines: Sequence[Any], learners: Sequence[Any], version: int, config: RunConfig) -> dict[str, float]:
+async def sync_weights(engines: Sequence[Any], learners: Sequence[Any], version: int, config: RunConfig, checked: bool = True) -> dict[str, float]:
     """These engines serve the learner's weights as `version` when this returns; generation is paused meanwhile.
 
-    By the object store, the SHA-256 of the bytes that each engine's process read is compared with the learner's, bucket by
-    bucket. Raises `RunFailed` where they differ, TimeoutError past `rollout.sync_timeout_seconds`; an engine whose update was begun and not
+    The SHA-256 of the bytes that each engine's process read is compared with the learner's: by the object store bucket by bucket and always, from GPU to GPU
+    tensor by tensor and where `checked`. Raises `RunFailed` where they differ, TimeoutError past `rollout.sync_timeout_seconds`; an engine whose update was begun and not
     finished must not be used any more.
     """
-    send = _by_object_store if config.rollout.weight_sync == OBJECT_STORE else _from_gpu_to_gpu
+    send = _by_object_store if config.rollout.weight_sync == OBJECT_STORE else partial(_from_gpu_to_gpu, checked=checked)
     return await asyncio.wait_for(_paused(engines, learners, str(version), send), config.rollout.sync_timeout_seconds)
 
 
@@ -49,9 +50,15 @@ async def _paused(engines: Sequence[Any], learners: Sequence[Any], version: str,
     return sent
 
 
-async def _from_gpu_to_gpu(engines: Sequence[Any], learners: Sequence[Any], version: str) -> dict[str, float]:
-    await gather([learner.send_weights.remote() for learner in learners])
-    return {}
+async def _from_gpu_to_gpu(engines: Sequence[Any], learners: Sequence[Any], version: str, checked: bool) -> dict[str, float]:
+    if checked:
+        await gather([engine.hash_weights.remote() for engine in engines])
+    sent = (await gather([learner.send_weights.remote(checked) for learner in learners]))[0]
+    for number, workers in enumerate(await gather([engine.hashed_weights.remote() for engine in engines]) if checked else []):
+        for received in workers:
+            if other := sorted(name for name in sent | received if sent.get(name) != received.get(name)):
+                raise RunFailed(f"engine {number} received other weights than the learner sent (weights {version}): {other[0]}, and {len(other) - 1} more", "report this: it is a defect")
+    return {"sync/checked": float(checked)}
 
 
 async def _by_object_store(engines: Sequence[Any], learners: Sequence[Any], version: str) -> dict[str, float]:

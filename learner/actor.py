@@ -69,8 +69,8 @@ class LearnerActor:
 
         self.sender = make_sender(self.worker.policy.model, backend, client, self.worker.rank, bucket_bytes, rendezvous)
 
-    def send_weights(self) -> None:
-        self.sender.send_weights()
+    def send_weights(self, hashed: bool = False) -> dict[str, str]:
+        return self.sender.send_weights(hashed)
 
     def save(self, folder: str) -> None:
         self.worker.save(folder)

@@ -124,6 +124,11 @@ def gathered(parameters: Sequence[nn.Parameter], modifier_rank: int | None = Non
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=modifier_rank)
 
 
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Flat uint8 on the CPU."""
+    return tensor.contiguous().cpu().reshape(-1).view(torch.uint8)
+
+
 def weight_buckets(model: nn.Module, max_bytes: int, rank: int = 0) -> Iterator[WeightBucket]:
     """All weights as `WeightBucket`s; every rank must consume its own iterator to the end, in lockstep under ZeRO-3."""
     plan = plan_buckets(weight_metadata(model), max_bytes)
@@ -134,6 +139,6 @@ def weight_buckets(model: nn.Module, max_bytes: int, rank: int = 0) -> Iterator[
         data = np.zeros(nbytes, np.uint8)
         flat = torch.from_numpy(data)
         for entry, (_, tensor) in zip(entries, tensors, strict=True):
-            raw = tensor.contiguous().cpu().reshape(-1).view(torch.uint8)
+            raw = bytes_of(tensor)
             flat[entry.offset : entry.offset + raw.numel()] = raw
         yield WeightBucket(tuple(entries), nbytes, data, hashlib.sha256(data).hexdigest())

@@ -63,6 +63,10 @@ class RolloutConfig:
         default="auto",
         metadata={"help": "how weights reach the engines: object_store on CPUs; ipc (same GPU) or nccl (other GPU) on CUDA", "choices": WEIGHT_SYNCS},
     )
+    sync_check_every: int = field(
+        default=50,
+        metadata={"help": "by ipc and nccl, the SHA-256 of all weights is compared in the first sync and every so many after it (object_store: in all)", "min": 1, "max": 1000000},
+    )
     sync_timeout_seconds: float = field(default=300.0, metadata={"help": "longest wait for one call of a weight update", "min": 1.0, "max": 86400.0})
 
     gpu_memory_utilization: float = field(default=0.5, metadata={"help": "share of a GPU's memory that vLLM may use (CUDA only)", "min": 0.05, "max": 0.98})

@@ -450,6 +450,16 @@ class RolloutEngine:
         self._check()
         await self._step("closing the model", self._llm.finish_weight_update())
 
+    async def hash_weights(self) -> None:
+        """Hash the weights of the next update as they arrive, by any backend; `hashed_weights` ends it."""
+        self._check()
+        await self._step("beginning to hash", self._llm.collective_rpc("hash_weights"))
+
+    async def hashed_weights(self) -> list[dict[str, str]]:
+        """What each worker of the engine received since `hash_weights`: {name in the checkpoint: SHA-256 (hex) of the tensor's bytes}."""
+        self._check()
+        return await self._step("reading hashes", self._llm.collective_rpc("hashed_weights"))
+
     async def weight_version(self) -> str:
         """The label of the weights in use ("initial" before the first update)."""
         self._check()

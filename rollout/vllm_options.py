@@ -52,13 +52,12 @@ def engine_options(model: str, config: RolloutConfig, device: str, dtype: str, s
         logits_processors=["rollout.banned_logits:BannedTokens"],
         additional_config={CONFIG_KEY: list(banned)},
         weight_transfer_config={"backend": weight_sync},
+        worker_extension_cls=f"{weight_transfer.__name__}.{weight_transfer.ReceivedWeights.__qualname__}",
         tensor_parallel_size=config.tensor_parallel,
         distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
         enable_log_requests=False,
         disable_log_stats=True,
     )
-    if weight_sync == weight_transfer.BACKEND:
-        options["worker_extension_cls"] = f"{weight_transfer.__name__}.{weight_transfer.ReceivedWeights.__qualname__}"
     if kv_cache_gb:
         options["kv_cache_memory_bytes"] = int(kv_cache_gb * 2**30)
     if cpu and config.block_size and config.block_size % 32:

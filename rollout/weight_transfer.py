@@ -124,6 +124,26 @@ class ReceivedWeights:
         """`{"digests": [sha256 of every bucket], "tensors": count, "elements": count}` of the update in progress or last finished."""
         return self.weight_transfer_engine.received()
 
+    def hash_weights(self) -> None:
+        """From here to `hashed_weights`, the SHA-256 of every tensor that any backend gives to the model."""
+        import torch
+
+        model, self._hashes = self.weight_transfer_engine.model, {}
+        load = model.load_weights
+
+        def load_weights(weights):
+            weights = list(weights)
+            for name, tensor in weights:
+                self._hashes[name] = hashlib.sha256(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+            return load(weights)
+
+        model.load_weights = load_weights
+
+    def hashed_weights(self) -> dict[str, str]:
+        """{name: SHA-256 (hex) of the tensor's bytes} since `hash_weights`, which this ends."""
+        del self.weight_transfer_engine.model.load_weights
+        return self._hashes
+
 
 class TimedRayClient:
     """vLLM's `VLLMWeightSyncClient` protocol over rollout actors, with a time limit (vLLM's own Ray client waits for ever).

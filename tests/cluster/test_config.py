@@ -283,6 +283,7 @@ def test_the_nodes_of_a_cluster_count_together():
     node = Hardware(cuda_devices=8, cuda_memory_gib=80, cuda_capability=8.0, cores=64, ram_gib=512)
     whole = config_resolve.together([Hardware(cores=8, ram_gib=32), node, node])
     assert whole == Hardware(cuda_devices=16, cuda_memory_gib=80, cuda_capability=8.0, cores=8, ram_gib=32, nodes=3)
+    assert whole.each == (Hardware(cores=8, ram_gib=32), node, node) and config_resolve.together([node]).each == ()
     asked = config.load("videoseg_r1_7b", ["learner.ranks=16", "rollout.engines=16"])
     assert config_rules.hardware_problems(resolve(asked, whole), whole, "cuda") == []
     assert [p.key for p in config_rules.hardware_problems(resolve(asked, node), node, "cuda")] == ["learner.ranks", "cluster.gpus_per_engine"]

@@ -1,10 +1,12 @@
 """Groups on their way: how far ahead they are begun, what an update gets, and what becomes of the rest. The groups' answers are timers here."""
 
 import asyncio
+import os
 import random
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,10 @@ from cluster.ledger import Final, Ledger
 from cluster.pipeline import DrawsAhead, Pipeline
 from cluster.scoring import ScoredGroup
 from cluster.sections import LoopConfig
+from cluster.timeline import Timeline
+from cluster.update import Arrivals
+from learner.batch import Sample
+from learner.config import LearnerConfig
 from reward_service import Score
 
 
@@ -206,3 +212,36 @@ def test_the_controller_does_the_same_for_each_group_however_many_there_are(tmp_
         return count / (4 * per_step)
 
     assert calls_a_group(1024) < 1.1 * calls_a_group(64)
+
+
+def test_a_learner_that_fails_while_groups_are_still_on_their_way_ends_the_wait(monkeypatch):
+    """With gradients begun as groups arrive; what the learner raised is raised, and the groups are abandoned."""
+    monkeypatch.setattr("cluster.update.ray.put", lambda samples: samples)
+    tokens, abandoned = np.zeros(128, np.int32), []
+    sample = Sample(tokens, tokens, tokens.astype(np.float32), (), np.zeros((0, 3), np.int64), group=0, fingerprint="")
+
+    async def fails(samples):
+        raise RuntimeError("lost")
+
+    async def for_ever():
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            abandoned.append(True)
+
+    async def at_once():
+        return 7
+
+    async def learning(work):
+        return await work
+
+    async def wait():
+        learner = SimpleNamespace(accumulate=SimpleNamespace(remote=fails))
+        arrivals = Arrivals([learner], LearnerConfig(tokens_per_microbatch=256), Timeline(os.devnull), learning)
+        assert await arrivals.unless_lost(at_once()) == 7
+        arrivals.add([sample, sample], [0.0, 1.0])
+        await arrivals.unless_lost(for_ever())
+
+    with pytest.raises(RuntimeError, match="lost"):
+        asyncio.run(asyncio.wait_for(wait(), 60))
+    assert abandoned == [True]

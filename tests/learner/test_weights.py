@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_learner import tiny_model
 
+from learner.gpu_sync import Sender
 from learner.weights import checkpoint_names, plan_buckets, weight_buckets, weight_metadata
 
 
@@ -41,6 +43,14 @@ def test_bytes_arrive_as_they_are():
     assert all(b.data is None and b.sha256 is None for b in weight_buckets(model, 30_000, rank=1))
     with pytest.raises(ValueError, match="max_bytes = 0"):
         next(weight_buckets(model, 0))
+
+
+def test_hashes_of_what_is_sent_from_gpu_to_gpu():
+    model, sent = tiny_model().to(torch.bfloat16), {}
+    sender = Sender(model, 30_000)
+    sender.engine = SimpleNamespace(send_weights=lambda: sent.update(sender.weights()))
+    assert sender.send_weights() == {} and len(sent) == len(checkpoint_names(model))
+    assert sender.send_weights(hashed=True) == {name: hashlib.sha256(tensor.view(torch.uint8).numpy()).hexdigest() for name, tensor in sent.items()}
 
 
 def test_names_of_an_official_size():

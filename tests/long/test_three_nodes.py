@@ -44,6 +44,7 @@ def test_three_nodes_do_what_one_does_and_lose_nothing(toy_data, tmp_path):
         resumed.finish(130)
 
     run = tmp_path / "three"
+    assert len(json.loads((run / "environment.json").read_text())["hardware"]["each"]) == 3
     first, alone = ({row.seed: (row.group, row.reward, row.response_token_ids) for row in rollout_log.read_rollouts(rollout_log.file_of(path / "rollouts", 1))} for path in (run, tmp_path / "one"))
     assert len(first) == 16 and first == alone
 

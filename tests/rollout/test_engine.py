@@ -48,7 +48,7 @@ def test_the_same_config_on_a_gpu(monkeypatch):
     options = vllm_options.engine_options("policy", engine.config, engine.device, engine.dtype, 0, engine.weight_sync, (1, 2))
     assert options["dtype"] == "bfloat16" and options["weight_transfer_config"] == {"backend": "ipc"}
     assert not options["enforce_eager"] and options["gpu_memory_utilization"] == RolloutConfig().gpu_memory_utilization
-    assert "kv_cache_memory_bytes" not in options and "worker_extension_cls" not in options
+    assert "kv_cache_memory_bytes" not in options
     assert vllm_options.environment(engine.config, engine.device, engine.weight_sync, 1)["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -119,6 +120,15 @@ def test_after_a_sync_the_engine_equals_one_started_afresh(tiny_engine, fresh_en
     tiny_engine.run(sync(tiny_engine, checkpoint(tiny_engine.folder), "8", count=1))
     assert_equal(greedy(tiny_engine), before)
     assert tiny_engine.run(tiny_engine.weight_version()) == "8"
+
+
+def test_tensors_are_hashed_as_the_model_gets_them(tiny_engine):
+    """What ipc and nccl are checked by, here behind the object store."""
+    weights = checkpoint(tiny_engine.folder)
+    tiny_engine.run(tiny_engine.hash_weights())
+    tiny_engine.run(sync(tiny_engine, weights, "9"))
+    assert tiny_engine.run(tiny_engine.hashed_weights()) == [{name: hashlib.sha256(weight.tobytes()).hexdigest() for name, weight in weights.items()}]
+    tiny_engine.run(sync(tiny_engine, weights, "10"))
 
 
 def test_requests_in_flight_go_on_with_the_new_weights(tiny_engine, other_folder):
