@@ -4,9 +4,11 @@ Groups of the next step are on their way while the learner works (`loop.max_stal
 """
 
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -29,20 +31,33 @@ class Command:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "cluster.cli", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
-        self.output = []
+        self.output, self.said = [], queue.Queue()  # lines that were looked at; those still to come, at the end None
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self):
+        for line in self.process.stdout:
+            self.said.put(line)
+        self.said.put(None)
 
     def wait_for(self, *words):
-        """Reads until a line holds all of these words."""
-        for line in self.process.stdout:
+        """Waits for a line with all of these words, among those that no one has waited for."""
+        for line in iter(self.said.get, None):
             self.output.append(line)
             if all(word in line for word in words):
                 return line
         pytest.fail(f"no line says {words}:\n" + "".join(self.output))
 
     def steps(self, count):
-        """Reads until so many more steps are done."""
+        """Waits until so many more steps are done, counted from the last line that was waited for."""
         for _ in range(count):
             self.wait_for("step ", " left")
+
+    def catch_up(self):
+        """What is waited for after this has not been said yet."""
+        while not self.said.empty():
+            if (line := self.said.get()) is None:
+                return self.said.put(None)
+            self.output.append(line)
 
     def parts(self, *kinds):
         """Processes of one of these kinds ("" for all) that have inherited the mark."""
@@ -65,7 +80,8 @@ class Command:
         os.killpg(self.process.pid, how)
 
     def end(self, seconds=120):
-        self.output.append(self.process.communicate(timeout=seconds)[0])
+        self.process.wait(timeout=seconds)
+        self.output += iter(self.said.get, None)
         return self.process.returncode, "".join(self.output)
 
     def assert_all_gone(self):

@@ -67,7 +67,9 @@ def wait_for_phase(run: Command, title: str) -> bool:
 
 def inject(run: Command, fault: dict, resume: list[str]) -> tuple[Command, dict]:
     """The run that goes on, and the fault with what was seen of it."""
-    met = wait_for_phase(run, PHASES[fault["phase"]]) if PHASES[fault["phase"]] else time.sleep(random.Random(fault["number"]).uniform(0, 2)) is None
+    phase = "update" if fault["phase"] == "gradients" and fault["mode"] != "on arrival" else fault["phase"]  # that is where they are computed then
+    met = wait_for_phase(run, PHASES[phase]) if PHASES[phase] else time.sleep(random.Random(fault["number"]).uniform(0, 2)) is None
+    run.catch_up()
     if fault["victim"] == "controller":
         run.process.kill()
         run.process.wait()
