@@ -40,7 +40,7 @@ from cluster.scoring import ScoredGroup, score_group
 from cluster.sections import LoopConfig
 from cluster.timeline import Timeline
 from reward_service import RewardConfig, Score
-from rollout.engine import Completion
+from rollout.completion import Completion
 from rollout.prompts import PromptBuilder
 from rollout.toy_data import ToyDataConfig, write_toy_data
 

@@ -20,6 +20,7 @@ from cluster.cli_parsing import add_command, file_and_overrides
 from cluster.errors import UserError, user_error
 
 DEFAULT_RECIPE = "debug"
+PROFILED = 3  # step of `train --profile`: the first after those that warm things up
 _SETTINGS_HELP = """\
 CONFIG is a YAML file or the name of a recipe that comes with the project (debug, videoseg_r1_7b, ...).
 key=value changes one setting, with dots between sections: learner.lr=1e-6. `videoseg config` lists all keys."""
@@ -52,8 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> None:
     """Train a policy; with no arguments the debug recipe."""
-    settings, folder = _planned(options)
+    settings, folder = _planned(options, *([f"loop.profile_step={PROFILED}"] if options.profile else []))
     if options.replay:
+        if options.profile:
+            raise UserError("--profile is of a run with engines, and --replay has none", "leave out one of them")
         from cluster import replay
 
         return replay.replay(settings, folder, [Path(p) for p in options.replay], options.start and Path(options.start))
@@ -288,6 +291,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add_command(commands, "train", train, "videoseg train configs/debug.yaml loop.steps=10 run.name=short", _SETTINGS_HELP)
     _add_settings(command)
+    command.add_argument("--profile", action="store_true", help=f"record step {PROFILED} in all processes, operator by operator (loop.profile_step names another step)")
     command.add_argument("--replay", action="append", metavar="PATH", help="train on saved rollouts (a file, a run) without engines; may be repeated")
     command.add_argument("--start", metavar="CHECKPOINT", help="with --replay: a run's checkpoint to begin with, in place of policy.path alone")
 

@@ -31,6 +31,7 @@ _MAY_CHANGE = (
     "loop.max_failure_rate",
     "loop.mismatch_warn",
     "loop.mismatch_stop",
+    "loop.profile_step",
     "loop.log_masks_every",
     "learner.ranks",
     "learner.skip_above",
@@ -201,6 +202,9 @@ def combination_problems(config: RunConfig) -> list[Problem]:
             f"'{data.evaluation}' is not the '{made}' that data.generate=toy makes",
             "use that, or data.generate=null",
         )
+    refuse(
+        (profiled := loop.profile_step) is not None and profiled > loop.steps, "loop.profile_step", f"is {profiled}, past the last step (loop.steps={loop.steps})", "name an earlier step, or null"
+    )
     best = config.loop.keep_best
     refuse(best is not None and not config.eval.every, "loop.keep_best", f"is {best}, but nothing is evaluated during training", "set eval.every")
     refuse(

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from reward_service import Answer, parse_answer, think_text
-from rollout.engine import Completion, RolloutEngine
+from rollout.completion import Completion
+from rollout.engine import RolloutEngine
 from rollout.episodes import Episode
 from rollout.frame_samplers import Baseline, FrameSampler
 from rollout.frame_samples import FrameSample

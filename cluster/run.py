@@ -244,12 +244,18 @@ class Run:
         return actor
 
     async def learning(self, work: Awaitable[T]) -> T:
-        """The result of what the learners were asked. Raises PartLost where one of them is lost, or takes longer than `loop.learn_seconds`."""
+        """The result of what the learners were asked. Raises PartLost where one of them is lost, or after `loop.learn_seconds` has not done what it was asked within
+        another minute."""
+        task, limit = asyncio.ensure_future(work), self.config.loop.learn_seconds
         try:
-            return await asyncio.wait_for(work, self.config.loop.learn_seconds)
-        except (asyncio.TimeoutError, RayError) as error:
+            while not (await asyncio.wait({task}, timeout=limit))[0]:
+                await self._check_learners(asyncio.TimeoutError(f"nothing after loop.learn_seconds = {limit:g}"))
+            return task.result()
+        except RayError as error:
             await self._check_learners(error)
             raise
+        finally:
+            task.cancel()
 
     async def _check_learners(self, error: BaseException) -> None:
         """Raises PartLost, from `error`, unless all ranks are alive and did not merely lose each other."""

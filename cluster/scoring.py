@@ -18,7 +18,7 @@ from reward_service.difficulty import OnlineDifficulty, success_rate, uncertaint
 from reward_service.length import difficulty_class
 from reward_service.matching import assign, box_iou_matrix
 from reward_service.measures import jaccard, jaccard_and_f
-from rollout.engine import Completion
+from rollout.completion import Completion
 from rollout.episodes import Episode
 from segmentation_service.masks import decode_rle
 from segmentation_service.segmenter import ObjectPrompt

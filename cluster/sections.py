@@ -166,6 +166,10 @@ class LoopConfig:
         default=0.01, metadata={"help": "Warn when the rollout/learner mismatch KL (nats per token) exceeds this.", "min": 0.0}
     )
     mismatch_stop: Optional[float] = field(default=None, metadata={"help": "Stop the run when it exceeds this; null: never.", "min": 0.0})
+    profile_step: Optional[int] = field(
+        default=None,
+        metadata={"help": "Record this step with a profiler in all processes: profile-STEP.json.gz in the run's folder, for ui.perfetto.dev (`videoseg train --profile`: 3); null: none.", "min": 1},
+    )
     log_masks_every: int = field(
         default=0,
         metadata={"help": "Make masks for the rollouts of every n-th step also where the reward needs none; 0: never.", "min": 0},

@@ -60,7 +60,7 @@ def measure(folder: RunFolder) -> Measured:
         raise UserError(f"{folder.path} is no synchronous run: its stages overlap, or its engines work in order", "name a run with loop.max_staleness=0, loop.wait_for=1, loop.deterministic=false and loop.learn_on_arrival=false")
     sizes, calls = sizes_of(config), _calls(folder)
     records = {r["step"]: r for r in read_metrics(folder.metrics) if "seconds/step" in r}
-    lengths = {step: _lengths(file) for step, file in rollout_files(folder.rollouts) if step in records and step in calls}
+    lengths = {step: _lengths(file) for step, file in rollout_files(folder.rollouts) if step in records and step in calls and step != config.loop.profile_step}
     if len(lengths) < WARM_UP + FEWEST:
         raise UserError(f"{folder.path} has {len(lengths)} steps with metrics, rollouts and timeline, too few to fit costs to", f"name a run of at least {WARM_UP + FEWEST} steps")
     steps = sorted(lengths)[WARM_UP:]

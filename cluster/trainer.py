@@ -21,6 +21,7 @@ from cluster.config import RunConfig
 from cluster.draws import Draws
 from cluster.errors import CheckpointError, PartLost, RunFailed
 from cluster.metrics import completion_metrics, dropped_metrics, left_out_metrics
+from cluster.profiling import profiled
 from cluster.progress import Progress
 from cluster.ray_cluster import joined_cluster
 from cluster.rollout_rows import learner_metrics, samples_of, scored_completions
@@ -70,10 +71,11 @@ async def _train(config: RunConfig, located: RunConfig, folder: RunFolder, draws
             if config.eval.ends and run.before is None:
                 run.before = await stop.abandoning(run.evaluate())
             while run.step < config.loop.steps and not stop.requested:
-                collected = await stop.abandoning(run.collect())
-                if collected is None:
-                    break
-                await learn_from(run, collected)
+                async with profiled(run):
+                    collected = await stop.abandoning(run.collect())
+                    if collected is None:
+                        break
+                    await learn_from(run, collected)
                 await stop_if_untrustworthy(run)
                 if run.due(config.loop.save_every):
                     await run.save()

@@ -7,14 +7,16 @@ the engine starts, so this module is cheap to import.
 import asyncio
 import itertools
 import os
+import shutil
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from rollout import vllm_options, weight_transfer
 from rollout.banned_tokens import banned_token_ids
+from rollout.completion import Completion
 from rollout.config import RolloutConfig, SamplingConfig, resolve_device, resolve_dtype, resolve_weight_sync
 from rollout.fingerprints import policy_fingerprints, sha256_of
 
@@ -25,26 +27,6 @@ class EngineBroken(RuntimeError):
 
 class PromptRejected(ValueError):
     """A prompt that the engine cannot answer as it stands: too long, too many images, or expanded differently by vLLM."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One sampled answer.
-
-    `logprobs[t]` is the log-probability of `token_ids[t]` under the distribution that was sampled from:
-    `log_softmax(logits.float().masked_fill(banned, -inf) / temperature)`. Banned ids (`fingerprints()["banned_token_ids"]`)
-    are out of the normalisation, so a learner matches these numbers by masking the same ids to -inf, dividing by the same
-    temperature and taking the log-softmax in float32. Greedy completions (temperature 0) carry log-probs at temperature 1.
-    With top_p < 1 the normalisation also leaves out the cut tokens, which a learner cannot repeat.
-    """
-
-    token_ids: np.ndarray  # int32 (R,), the end token included if there is one
-    logprobs: np.ndarray  # float32 (R,)
-    text: str  # without the end token; other special tokens stay visible
-    finish_reason: str  # "stop", "length" or "abort"
-    weight_versions: tuple[tuple[str, int], ...]  # (version, number of tokens) spans, in order
-    seed: int | None
-    top_logprobs: np.ndarray | None = None  # float32 (R, SamplingConfig.top_logprobs), the most likely token first; None: not asked for
 
 
 class RolloutEngine:
@@ -470,6 +452,22 @@ class RolloutEngine:
         self._check()
         digests = await self._call("hashing weights", self._llm.compute_weight_checksums())
         return sha256_of(digests)
+
+    # ---- what it does ----
+
+    async def start_profile(self, passes: int) -> None:
+        """Record the operators of the next `passes` forward passes, or of those until `stop_profile`, with torch.profiler."""
+        self._check()
+        await self._call("starting the profiler", self._llm.start_profile(max_iterations=passes))
+
+    async def stop_profile(self) -> list[bytes]:
+        """A gzipped Chrome trace of each worker."""
+        self._check()
+        await self._call("stopping the profiler", self._llm.stop_profile())
+        folder = Path(vllm_options.profile_folder())
+        traces = [file.read_bytes() for file in sorted(folder.glob("*.json.gz"))]
+        shutil.rmtree(folder, ignore_errors=True)
+        return traces
 
     # ---- what it is ----
 

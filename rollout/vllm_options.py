@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Sequence
 
 from rollout import weight_transfer
@@ -25,6 +26,11 @@ def environment(config: RolloutConfig, device: str, weight_sync: str, threads: i
     elif weight_sync == "ipc":
         variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # IPC handles reach the engine core by pickle
     return variables
+
+
+def profile_folder() -> str:
+    """Where vLLM's workers write what the profiler saw."""
+    return os.path.join(tempfile.gettempdir(), f"videoseg-profile-{os.getpid()}")
 
 
 def is_eager(config: RolloutConfig, device: str) -> bool:
@@ -55,6 +61,8 @@ def engine_options(model: str, config: RolloutConfig, device: str, dtype: str, s
         worker_extension_cls=f"{weight_transfer.__name__}.{weight_transfer.ReceivedWeights.__qualname__}",
         tensor_parallel_size=config.tensor_parallel,
         distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
+        # Only where `RolloutEngine.start_profile` asks for it.
+        profiler_config={"profiler": "torch", "torch_profiler_dir": profile_folder(), "torch_profiler_with_stack": False, "ignore_frontend": True},
         enable_log_requests=False,
         disable_log_stats=True,
     )

@@ -17,7 +17,7 @@ from cluster import config, config_files, config_resolve
 from cluster.draws import Draws
 from cluster.scoring import score_group
 from reward_service import think_text
-from rollout.engine import Completion
+from rollout.completion import Completion
 from rollout.prompts import IMAGE
 from segmentation_service.segmenter import Segmenter
 

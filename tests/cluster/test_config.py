@@ -361,6 +361,7 @@ def test_what_the_machine_lacks_is_told_before_the_start():
         (["data.evaluation=elsewhere"], "data.evaluation"),
         (["learner.adam_eps=0"], "learner.adam_eps"),
         (["learner.dual_clip=3.0", "learner.surrogate=cispo"], "learner.dual_clip"),
+        (["loop.steps=2", "loop.profile_step=3"], "loop.profile_step"),
         (["loop.keep_best=iou/box"], "loop.keep_best"),
         (["loop.keep_best=iou/video", "eval.every=5"], "loop.keep_best"),
         (["loop.keep_best=j_and_f", "eval.every=5"], "loop.keep_best"),

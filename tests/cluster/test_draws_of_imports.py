@@ -16,7 +16,7 @@ from cluster.errors import DataError
 from cluster.evaluation import held_out_metrics
 from cluster.scoring import score_group
 from reward_service.target import MissingInput
-from rollout.engine import Completion
+from rollout.completion import Completion
 from rollout.importers.driver import import_data
 from rollout.prompts import PromptBuilder
 from segmentation_service.geometry import to_policy_units

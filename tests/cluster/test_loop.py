@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import gzip
 import json
 import os
 import re
@@ -43,11 +44,12 @@ def resolved(toy_data, *more):
 @pytest.fixture(scope="module")
 def run(ray_session, toy_data, tmp_path_factory):
     """A finished, deterministic run of three steps, its difficulties half rated and half from its groups' success, its hard budget
-    widened by the policy's uncertainty."""
+    widened by the policy's uncertainty, its second step profiled. Its updates take longer than
+    `loop.learn_seconds`; its learner is alive, and they count."""
     from cluster import trainer
 
     folder = run_folder.plan(tmp_path_factory.mktemp("runs"), "three", "debug")
-    asked = ["learner.lr_schedule=constant", "eval.every=1", "loop.keep_best=iou/box", "difficulty.source=blend", "difficulty.success=mask_iou", "reward.length.uncertainty_scale=25"]
+    asked = ["learner.lr_schedule=constant", "eval.every=1", "loop.keep_best=iou/box", "difficulty.source=blend", "difficulty.success=mask_iou", "reward.length.uncertainty_scale=25", "loop.profile_step=2", "loop.learn_seconds=0.01"]
     trainer.train(resolved(toy_data, "loop.steps=3", "loop.deterministic=true", *asked), folder)
     return folder
 
@@ -89,6 +91,20 @@ def test_the_trace_holds_the_stages_and_calls_of_every_step(run):
     versions = {name: sorted({span["b"]["args"]["version"] for span in spans["loop", name].values()}) for track, name in spans if track == "loop"}
     assert versions["rollout"] == versions["train"] == [0, 1, 2] and versions["log"] == [1, 2, 3] and {"sync", "evaluate", "checkpoint"} <= versions.keys()
     assert len(spans["engine 0", "generate_in_order"]) == 3 + 4 and len(spans["segmenter 0", "segment_group"]) == 3 * 4 + 4 * 4  # steps and evaluations
+
+
+def test_the_profile_of_a_step_holds_the_operators_of_all_processes_on_the_clock_of_the_trace(run):
+    events = json.loads(gzip.decompress((run.path / "profile-2.json.gz").read_bytes()))["traceEvents"]
+    (first,), (last,) = ([s for s in timeline.spans(run.path / "trace.json") if s.name == name and s.details.get("version") == 1] for name in ("rollout", "sync"))
+    parts = {part: [e for e in events if str(e["pid"]).startswith(f"{part} ") and e["ph"] == "X" and e["cat"] == "cpu_op"] for part in ("engine 0", "segmenter 0", "learner 0")}
+    for part, own in parts.items():
+        assert len(own) > 1000 and all(first.begin < e["ts"] / 1e6 < last.end for e in own), part
+    assert {"_C::onednn_mm"} < {e["name"] for e in parts["engine 0"]} and {"aten::convolution"} < {e["name"] for e in parts["segmenter 0"]}
+    backward = [e["ts"] for e in parts["learner 0"] if e["name"] == "aten::_scaled_dot_product_flash_attention_for_cpu_backward"]
+    assert min(backward) > max(e["ts"] for e in parts["segmenter 0"])  # a synchronous step: all is scored before anything is learned
+    assert {"rollout", "train", "sync", "generate_in_order"} <= {e["name"] for e in events if e["ph"] == "b"}
+    summary = (run.path / "profile-2.txt").read_text().splitlines()
+    assert len(summary) == 4 and all("s in operators" in line for line in summary[1:])
 
 
 def test_saved_rollouts_repeat_what_was_learned_without_engines(run, tmp_path, capsys):

@@ -12,7 +12,7 @@ from cluster.draws import Draws
 from cluster.errors import ConfigError
 from cluster.scoring import score_group
 from reward_service.difficulty import DifficultyConfig, OnlineDifficulty
-from rollout.engine import Completion
+from rollout.completion import Completion
 from tests.conftest import TOY
 
 

@@ -15,7 +15,7 @@ from cluster.policies import find_policy
 from cluster.segment import Sampling, find_videos, segment_videos
 from cluster.segment_output import Outputs, QueryFolder, folder_name
 from reward_service.measures import jaccard
-from rollout.engine import Completion
+from rollout.completion import Completion
 from rollout.htfs import HTFS
 from rollout.prompts import PromptError
 from rollout.toy_world import WorldConfig, make_video

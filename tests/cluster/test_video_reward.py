@@ -22,7 +22,7 @@ from cluster.scoring import score_group
 from cluster.trainer import scored
 from reward_service import RewardConfig
 from reward_service.measures import j_and_f
-from rollout.engine import Completion
+from rollout.completion import Completion
 from segmentation_service.masks import decode_rle, mask_iou
 from segmentation_service.video import VideoError, VideoReference
 from tests.cluster.test_loop import settings
