@@ -1,7 +1,7 @@
 """A policy's predictions for a benchmark, in the layout of the benchmark's own programs; what is done is not done again.
 
 OUT/predictions/<video>/<expression>/<frame>.png is what `cluster.benchmark_scores` reads, of whatever program it comes.
-OUT/answers.jsonl has a line for each answered expression.
+OUT/answers.jsonl has a line for each answered expression, OUT/frames/ what HTFS chose (as `videoseg sample-frames` keeps it).
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from cluster.expression_scores import has_truth
 from cluster.inference import MASKED, Answered, Inference, check_tracking, default_sampler
 from cluster.policies import Policy
 from cluster.progress import duration
+from cluster.sample_frames import KeptSampler
 from cluster.segment import TOGETHER, Sampling, samples_of, settings_fingerprint
 from cluster.segment_output import RETRIED
 
-PREDICTIONS, ANSWERS, ABOUT = "predictions", "answers.jsonl", "eval.json"
+PREDICTIONS, ANSWERS, ABOUT, FRAMES = "predictions", "answers.jsonl", "eval.json", "frames"
 ORACLES = ("frame", "box", "mask")
 """What the truth stands in for: the choice of the target frame; besides it the policy's answer; besides it SAM2's masks on that frame."""
 CHUNK = 256  # expressions that are asked together
@@ -188,6 +189,8 @@ def _samples(evaluation: Evaluation, episodes: list[Episode]) -> list[FrameSampl
     if evaluation.oracle is not None:
         return list(default_sampler(evaluation.policy.settings, "oracle").sample(episodes))
     with evaluation.sampling.sampler(evaluation.policy) as sampler:
+        if (settings := evaluation.sampling.settings) is not None:
+            sampler = KeptSampler(sampler, evaluation.out / FRAMES, settings.batch)
         return samples_of(sampler, episodes)
 
 

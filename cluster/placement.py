@@ -26,6 +26,7 @@ from segmentation_service.actor import SegmenterActor
 
 from cluster.config import RunConfig
 from cluster.errors import RunFailed
+from cluster.timeline import Timeline
 
 
 # The parts take turns on a CPU. Threads that spin while they wait for each other, as OpenMP's do by default, take it from the part at
@@ -105,8 +106,11 @@ def bundles(config: RunConfig, roles: Collection[str] = ROLES) -> list[dict[str,
     return [found[n] for n in sorted(found)]
 
 
-async def start_actors(config: RunConfig, banned_token_ids: Sequence[int], roles: Collection[str] = ROLES) -> Actors:
-    """The actors of these roles, loaded and ready; `config` is resolved and its paths can be loaded. Raises `RunFailed` where the cluster has too little room or a part does not start in time."""
+async def start_actors(config: RunConfig, banned_token_ids: Sequence[int], roles: Collection[str] = ROLES, timeline: Timeline | None = None) -> Actors:
+    """The actors of these roles, loaded and ready; `config` is resolved and its paths can be loaded. Each one's start goes to the timeline.
+
+    Raises `RunFailed` where the cluster has too little room or a part does not start in time.
+    """
     places, wanted = {(seat.role, seat.number): seat for seat in seats(config, roles)}, bundles(config, roles)
     group = placement_group(wanted, strategy="PACK")
     limit = config.cluster.start_seconds
@@ -152,7 +156,7 @@ async def start_actors(config: RunConfig, banned_token_ids: Sequence[int], roles
     count = Counter(role for role, _ in places)
     actors = Actors(group, new, *([new(role, number) for number in range(count[role])] for role in ROLES))
     try:
-        return await asyncio.wait_for(_ready(actors, learner_arguments), limit)
+        return await asyncio.wait_for(_ready(actors, learner_arguments, timeline or Timeline(os.devnull)), limit)
     except BaseException as error:
         stop_actors(actors)
         if isinstance(error, asyncio.TimeoutError):
@@ -160,13 +164,19 @@ async def start_actors(config: RunConfig, banned_token_ids: Sequence[int], roles
         raise
 
 
-async def _ready(actors: Actors, learner_arguments: dict[str, Any]) -> Actors:
-    host, port = await actors.learners[0].address.remote(learner_arguments["config"].port)
-    ranks = [
-        learner.start.remote(rank=rank, world_size=len(actors.learners), master_addr=host, master_port=port, **learner_arguments)
-        for rank, learner in enumerate(actors.learners)
-    ]
-    await gather([*(e.ready.remote() for e in actors.engines), *(s.ready.remote() for s in actors.segmenters), *ranks])
+async def _ready(actors: Actors, learner_arguments: dict[str, Any], timeline: Timeline) -> Actors:
+    async def started(part: str, call: Any) -> None:
+        with timeline.span(part, "start"):
+            await call
+
+    async def start_learners() -> None:
+        host, port = await actors.learners[0].address.remote(learner_arguments["config"].port)
+        group = dict(world_size=len(actors.learners), master_addr=host, master_port=port)
+        await asyncio.gather(*(started(f"learner {n}", learner.start.remote(rank=n, **group, **learner_arguments)) for n, learner in enumerate(actors.learners)))
+
+    # Engines are asked first, for they are ready last: the learners' address waits for a process that has imported torch.
+    services = [(f"{role} {n}", actor) for role, of_role in (("engine", actors.engines), ("segmenter", actors.segmenters)) for n, actor in enumerate(of_role)]
+    await asyncio.gather(*(started(part, actor.ready.remote()) for part, actor in services), start_learners())
     await actors.find_processes([*actors.engines, *actors.segmenters, *actors.learners])
     return actors
 

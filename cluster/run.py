@@ -63,6 +63,7 @@ class Run:
     progress: Progress
     policy: Mapping[str, Any]  # its fingerprints
     began_from: str  # fingerprint of the policy's files, which hold the frozen weights and the first reference
+    timeline: Timeline
     step: int = 0  # updates so far, and the version of the weights
     before: dict[str, float] | None = None  # the evaluation before the first step
     online: OnlineDifficulty | None = None  # success rates of the episodes, where difficulty is estimated from them
@@ -80,7 +81,6 @@ class Run:
         self.ledger, self.ahead = Ledger(self.folder.path / LEDGER), DrawsAhead(self.draws)
         self.pipeline = Pipeline(loop, self.config.rollout.prompts_per_step, self.ledger, self.ahead, self._begin)
         self.weights = asyncio.Lock()  # held while the learner's weights differ from those of version `step`
-        self.timeline = Timeline(self.folder.path / TRACE)
         kill, restarts = self.actors.kill, (loop.max_restarts, self.progress.note, self.timeline)
         self.engines = Replicas("engine", self.actors.engines, kill, self._start_engine, self._join, loop.group_seconds, *restarts)
         self.segmenters = Replicas("segmenter", self.actors.segmenters, kill, partial(self._started, "segmenter"), None, loop.score_seconds, *restarts)
@@ -97,7 +97,8 @@ class Run:
         began_from = await asyncio.to_thread(model_fingerprint, paths.model_folder(located.policy.path, "policy.path"))
         if checkpoint is not None:
             checkpoints.check_policy(checkpoint, config.policy.path, began_from)
-        actors = await start_actors(located, ours["banned_token_ids"], roles)
+        timeline = Timeline(folder.path / TRACE)
+        actors = await start_actors(located, ours["banned_token_ids"], roles, timeline)
         try:
             for number, theirs in enumerate(await gather([engine.fingerprints.remote() for engine in actors.engines])):
                 check_fingerprints(ours, theirs, number)
@@ -108,7 +109,7 @@ class Run:
             since = checkpoint.step if checkpoint else -1  # -1: from the very beginning, also where a run was lost before its first checkpoint
             rollout_log.drop_after(folder.rollouts, since)
             metrics = MetricsWriter(folder.path, since, Sinks(config.run.sinks, folder.path, asdict(config), progress.note, since))
-            run = cls(config, folder, actors, draws, held_out, metrics, progress, ours, began_from)
+            run = cls(config, folder, actors, draws, held_out, metrics, progress, ours, began_from, timeline)
             run.ledger.roll_back(since, checkpoint.manifest if checkpoint else {"position": 0})
             if config.difficulty.is_online:
                 run.online = OnlineDifficulty(config.difficulty)
@@ -121,7 +122,8 @@ class Run:
             if actors.engines:
                 await connect(actors, config)
                 async with run.weights:
-                    await run.sync(run.step)  # before the first batch, on a fresh start too: hashes prove that engines serve what the learner trains
+                    with run.stage("sync"):
+                        await run.sync(run.step)  # before the first batch, on a fresh start too: hashes prove that engines serve what the learner trains
             progress.restart_clock()
             return run
         except BaseException:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cluster import paths
 from cluster.config_check import build
@@ -22,7 +23,7 @@ from cluster.errors import UserError
 from rollout.config import DEVICES, DTYPES, RolloutConfig, resolve_device, resolve_dtype
 from rollout.episodes import Episode, read_episodes
 from rollout.frame_samplers import BASELINES, Baseline, FrameSampler
-from rollout.frame_samples import SampleRow, read_samples, sample_key, video_fingerprint, write_samples
+from rollout.frame_samples import FrameSample, SampleRow, read_samples, sample_key, video_fingerprint, write_samples
 from rollout.htfs import HTFS, Ask, HTFSConfig
 from rollout.vllm_options import version_of
 
@@ -101,27 +102,48 @@ def sample_with(make: Callable[[list[Episode]], FrameSampler], data: Path, out: 
     """As `sample_data`, by the sampler that `make` makes for the episodes. Raises UserError if `out` is no good place for a file."""
     if out.is_dir() or out.resolve().parent == (data if data.is_dir() else data.parent).resolve():
         raise UserError(f"{out} is a folder, or lies beside the episodes and would be taken for one of their shards", "give the name of a file elsewhere")
-    episodes = list(read_episodes(data))
-    sampler, parts = make(episodes), sorted(_parts(out).glob("*.parquet"))
+    episodes, parts = list(read_episodes(data)), out.with_name(f"{out.name}.parts")
     stored = read_samples(out) if out.exists() else []
-    known = {row.key: row for row in stored + [row for part in parts for row in read_samples(part)]}
-    settings = [json.dumps(sampler.depends_on(e), sort_keys=True) for e in episodes]
-    keys = [sample_key(e, text) for e, text in zip(episodes, settings, strict=True)]
-    missing = [i for i, key in enumerate(keys) if key not in known]
-    for number, first in enumerate(range(0, len(missing), batch), len(parts)):
-        chosen = missing[first : first + batch]
-        samples = sampler.sample([episodes[i] for i in chosen])
-        rows = [
-            SampleRow(keys[i], episodes[i].episode_id, episodes[i].query, video_fingerprint(episodes[i].video_path), settings[i], sample)
-            for i, sample in zip(chosen, samples, strict=True)
-        ]
-        write_samples(rows, _parts(out) / f"{number:06d}.parquet")
-        known |= {row.key: row for row in rows}
-        print(f"{first + len(chosen)}/{len(missing)} episodes sampled; {fallbacks_line(_fallbacks(rows))}", file=sys.stderr, flush=True)
-    if [row.key for row in stored] != keys:
-        write_samples([known[key] for key in keys], out)
-    shutil.rmtree(_parts(out), ignore_errors=True)
-    return Report(len(missing), len(keys) - len(missing), _fallbacks([known[key] for key in keys]))
+    kept = KeptSampler(make(episodes), parts, batch, stored)
+    rows = kept.rows(episodes)
+    if [row.key for row in stored] != [row.key for row in rows]:
+        write_samples(rows, out)
+    shutil.rmtree(parts, ignore_errors=True)
+    return Report(kept.sampled, len(rows) - kept.sampled, _fallbacks(rows))
+
+
+class KeptSampler:
+    """A sampler whose samples are kept in a folder, a file a batch. Where nothing that a sample depends on has changed since, it is not chosen again."""
+
+    def __init__(self, sampler: FrameSampler, folder: Path, batch: int, stored: Sequence[SampleRow] = ()) -> None:
+        self.sampled = 0
+        self._sampler, self._folder, self._batch, self._files = sampler, folder, batch, sorted(folder.glob("*.parquet"))
+        self._known = {row.key: row for row in [*stored, *(row for file in self._files for row in read_samples(file))]}
+
+    def sample(self, episodes: Sequence[Episode]) -> list[FrameSample]:
+        return [row.sample for row in self.rows(episodes)]
+
+    def depends_on(self, episode: Episode) -> Any:
+        return self._sampler.depends_on(episode)
+
+    def rows(self, episodes: Sequence[Episode]) -> list[SampleRow]:
+        """One of each episode. Raises VideoError for a video that cannot be read; what was complete before stays."""
+        settings = [json.dumps(self.depends_on(e), sort_keys=True) for e in episodes]
+        keys = [sample_key(e, text) for e, text in zip(episodes, settings, strict=True)]
+        missing = [i for i, key in enumerate(keys) if key not in self._known]
+        for first in range(0, len(missing), self._batch):
+            chosen = missing[first : first + self._batch]
+            samples = self._sampler.sample([episodes[i] for i in chosen])
+            rows = [
+                SampleRow(keys[i], episodes[i].episode_id, episodes[i].query, video_fingerprint(episodes[i].video_path), settings[i], sample)
+                for i, sample in zip(chosen, samples, strict=True)
+            ]
+            self._files.append(self._folder / f"{len(self._files):06d}.parquet")
+            write_samples(rows, self._files[-1])
+            self._known |= {row.key: row for row in rows}
+            self.sampled += len(rows)
+            print(f"{first + len(chosen)}/{len(missing)} episodes sampled; {fallbacks_line(_fallbacks(rows))}", file=sys.stderr, flush=True)
+        return [self._known[key] for key in keys]
 
 
 def fallbacks_line(fallbacks: Counter[str]) -> str:
@@ -131,7 +153,3 @@ def fallbacks_line(fallbacks: Counter[str]) -> str:
 
 def _fallbacks(rows: Iterable[SampleRow]) -> Counter[str]:
     return sum((Counter(row.sample.fallbacks) for row in rows), Counter())
-
-
-def _parts(out: Path) -> Path:
-    return out.with_name(f"{out.name}.parts")

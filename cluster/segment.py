@@ -219,13 +219,14 @@ def _choose_frames(policy: Policy, sampling: Sampling, episodes: dict[Query, Epi
 
 
 def samples_of(sampler: FrameSampler, episodes: list[Episode]) -> list[FrameSample | VideoError]:
-    """All together; one by one where a video among them breaks, so that it is known which."""
+    """All together; where a video among them breaks, each half, until it is known which."""
     try:
         return sampler.sample(episodes)
     except VideoError as error:
         if len(episodes) == 1:
             return [error]
-    return [samples_of(sampler, [episode])[0] for episode in episodes]
+    half = len(episodes) // 2
+    return samples_of(sampler, episodes[:half]) + samples_of(sampler, episodes[half:])
 
 
 def _segment(model: Inference, path: Path, group: list[tuple[Query, Answered]], outputs: Outputs, report: Report) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import zipfile
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cluster import cli, eval_results, evaluate, inference
+from cluster import cli, eval_results, evaluate, inference, segment
 from cluster.benchmark_scores import BenchmarkScores, score_predictions
 from cluster.errors import UserError
 from cluster.eval_replicas import shares
@@ -22,6 +23,8 @@ from cluster.inference import default_sampler
 from cluster.segment import Sampling
 from reward_service.measures import jaccard
 from rollout.episodes import read_episodes, write_episodes
+from rollout.frame_samples import read_samples
+from rollout.htfs import HTFS
 from rollout.prompts import PromptError
 from segmentation_service.video import open_video
 from tests.cluster.conftest import TOY_MODELS
@@ -135,6 +138,40 @@ def test_a_broken_video_costs_its_expressions_alone_and_is_tried_again(evaluatio
         predict(evaluation, list(read_episodes(evaluation.data)), lambda text: None, start)
     assert [(line["episode_id"], line["status"]) for line in lines(evaluation)] == [("gone/0", "unreadable"), (episodes[1].episode_id, "ok"), ("gone/0", "unreadable")]
     assert evaluation.answered().keys() == {episodes[1].episode_id}
+
+
+def test_what_htfs_chose_is_kept_whatever_stops_the_evaluation(evaluation, start, data, tmp_path, monkeypatch):
+    """Also beside a video that cannot be read, which costs its own expressions alone."""
+    looks = []
+
+    def ask(asked):
+        looks.extend(look.episode_id for look in asked)
+        return [['{"start": 10, "end": 30, "percent": 50}'] * len(look.seeds) for look in asked]
+
+    @contextmanager
+    def scripted(config):
+        yield lambda episodes: HTFS(config.htfs, ask, "a script", config.key_frames, config.reference_frames)
+
+    @contextmanager
+    def fails(policy):
+        raise RuntimeError("no memory")
+        yield
+
+    monkeypatch.setattr(segment, "sampler_for", scripted)
+    episodes = list(read_episodes(data))
+    gone = replace(episodes[0], video=str(tmp_path / "gone"), video_id="gone", episode_id="gone/0")
+    write_episodes([*episodes[:2], gone, *episodes[2:]], tmp_path / "htfs/part.parquet")
+    sampling = Sampling.of("htfs", ["htfs.unit=percent", "htfs.rounds=0", "key_frames=2", "reference_frames=2", "batch=2"])
+    evaluation = replace(evaluation, data=tmp_path / "htfs", sampling=sampling)
+    asked = list(read_episodes(evaluation.data))
+    with pytest.raises(RuntimeError, match="no memory"):
+        predict(evaluation, asked, lambda text: None, fails)
+    assert set(looks) == {e.episode_id for e in episodes}
+    looks.clear()
+    predict(evaluation, asked, lambda text: None, start)
+    assert not looks and {line["episode_id"]: line["status"] for line in lines(evaluation)}["gone/0"] == "unreadable"
+    kept = {row.episode_id: row.sample for file in (evaluation.out / "frames").iterdir() for row in read_samples(file)}
+    assert {name: kept[name].target_frame for name in kept} == {line["episode_id"]: line["target_frame"] for line in lines(evaluation) if line["status"] != "unreadable"}
 
 
 @pytest.mark.parametrize("oracle", ["frame", "box", "mask"])
