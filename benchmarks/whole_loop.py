@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -23,18 +22,16 @@ from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from side_by_side import machine, publish, ratio
+from small_policy import SMALL, save_small_policy
 from cluster.metrics import read_metrics
+from cluster.rollout_log import read_columns, rollout_files
 from rollout.toy_data import write_toy_data
 
 HERE = Path(__file__).resolve().parent
-TOY = HERE.parent / "examples/toy/models/policy"
-SMALL = [
-    "prompt.reference_frames=5", "prompt.reference_size=[280,280]", "prompt.target_size=[560,560]", "prompt.max_tokens=1024", "rollout.max_response_tokens=192", "rollout.max_model_len=1280",
-    "rollout.max_images=6", "rollout.cpu_threads=2", "learner.tokens_per_microbatch=4096",
-]  # fmt: skip
 OURS = {"ours": [], "ours_on_arrival": ["loop.learn_on_arrival=true"], "ours_one_step_off": ["loop.max_staleness=1"]}
 
 
@@ -61,29 +58,15 @@ def watched(command: list[str], given: str = "") -> tuple[str, float]:
     return out, most[0]
 
 
-def save_small_policy(folder: Path) -> None:
-    """22 million weights at random, with the toy's words: completions are noise that ends seldom, so nearly all have the greatest length, and none names an object."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(TOY)
-    sizes = dict(hidden_size=384, intermediate_size=1152, num_hidden_layers=8, layer_types=["full_attention"] * 8, num_attention_heads=6)
-    rope = config.text_config.rope_parameters | {"mrope_section": [8, 12, 12]}
-    for key, value in (sizes | {"rope_parameters": rope}).items():
-        setattr(config.text_config, key, value)
-    for key, value in dict(hidden_size=256, intermediate_size=768, depth=8, num_heads=4, out_hidden_size=384, fullatt_block_indexes=[3, 7]).items():
-        setattr(config.vision_config, key, value)
-    shutil.copytree(TOY, folder, ignore=shutil.ignore_patterns("model.safetensors", "config.json", "training.json"))
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-
-
 def ours(asked: list[str], folder: Path) -> dict:
-    """Of each step but the first: seconds, mean reward and tokens of a completion."""
+    """Seconds of each step but the first; of each step the mean reward, and tokens and named objects of its completions."""
     _, gib = watched([sys.executable, "-m", "cluster.cli", "train", "debug", *asked, f"run.dir={folder.parent}", f"run.name={folder.name}"])
     steps = [r for r in read_metrics(folder / "metrics.jsonl") if "reward/mean" in r]
     seconds = [b["time"] - a["time"] for a, b in zip(steps, steps[1:])]
-    return {"seconds": seconds, "reward": [r["reward/mean"] for r in steps], "tokens": [r["length/response"] for r in steps], "gib": gib}
+    columns = [read_columns(file, ["response_token_ids", "answer_json"]) for _, file in rollout_files(folder / "rollouts")]
+    tokens = [[len(ids) for ids in c["response_token_ids"]] for c in columns]
+    objects = [[len(json.loads(answer or "[]")) for answer in c["answer_json"]] for c in columns]
+    return {"seconds": seconds, "reward": [r["reward/mean"] for r in steps], "tokens": tokens, "objects": objects, "gib": gib}
 
 
 def trl(asked: list[str], steps: int, folder: Path) -> dict:
@@ -97,7 +80,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each side (default 3)")
     parser.add_argument("--steps", type=int, default=40, help="of each run (default 40)")
     parser.add_argument("--warm-up", type=int, default=10, help="steps of each that do not count (default 10)")
-    parser.add_argument("--size", choices=("toy", "small"), default="toy", help="toy: the debug recipe's policy and prompts; small: 22 M weights at random, 900 tokens from six frames, up to 192 new ones")
+    parser.add_argument("--size", choices=("toy", "small"), default="toy", help="toy: the debug recipe's policy and prompts; small: 22 M weights, 950 tokens from six frames, up to 256 new ones (small_policy.py)")
     parser.add_argument("--ours", nargs="*", choices=list(OURS), default=list(OURS), help="modes of ours (default: all)")
     parser.add_argument("--prompts", type=int, default=2, help="of a step (default 2)")
     parser.add_argument("--group-size", type=int, default=8, help="completions of a prompt (default 8)")
@@ -124,7 +107,8 @@ def main() -> None:
             "seconds_per_step": [round(s, 4) for s in medians[name]],
             "peak_gib": round(max(run["gib"] for run in each), 2),
             "reward_at_the_end": round(statistics.mean(r for run in each for r in run["reward"][-10:]), 3),
-            "tokens_at_the_end": round(statistics.mean(t for run in each for t in run["tokens"][-10:]), 1),
+            "tokens": dict(zip(("p10", "p50", "p90"), np.percentile([t for run in each for step in run["tokens"] for t in step], (10, 50, 90)).tolist())),
+            "objects_a_completion": round(statistics.mean(n for run in each for step in run["objects"] for n in step), 2),
         }
         for name, each in runs.items()
     }

@@ -40,17 +40,21 @@ async def sync_weights(engines: Sequence[Any], learners: Sequence[Any], version:
     finished must not be used any more.
     """
     send = _by_object_store if config.rollout.weight_sync == OBJECT_STORE else partial(_from_gpu_to_gpu, checked=checked)
-    return await asyncio.wait_for(_paused(engines, learners, str(version), send), config.rollout.sync_timeout_seconds)
+    return await asyncio.wait_for(_sent(engines, learners, str(version), send), config.rollout.sync_timeout_seconds)
 
 
-async def _paused(engines: Sequence[Any], learners: Sequence[Any], version: str, send) -> dict[str, float]:
-    await gather([engine.begin_weight_sync.remote() for engine in engines])
+async def _sent(engines: Sequence[Any], learners: Sequence[Any], version: str, send) -> dict[str, float]:
     sent = await send(engines, learners, version)
     await gather([engine.finish_weight_sync.remote(version) for engine in engines])
     return sent
 
 
+async def _begin(engines: Sequence[Any]) -> None:
+    await gather([engine.begin_weight_sync.remote() for engine in engines])
+
+
 async def _from_gpu_to_gpu(engines: Sequence[Any], learners: Sequence[Any], version: str, checked: bool) -> dict[str, float]:
+    await _begin(engines)
     if checked:
         await gather([engine.hash_weights.remote() for engine in engines])
     sent = (await gather([learner.send_weights.remote(checked) for learner in learners]))[0]
@@ -64,6 +68,7 @@ async def _from_gpu_to_gpu(engines: Sequence[Any], learners: Sequence[Any], vers
 async def _by_object_store(engines: Sequence[Any], learners: Sequence[Any], version: str) -> dict[str, float]:
     # Every rank streams: gathering a bucket is a collective under ZeRO-3. Only rank 0's buckets hold data.
     streams = [learner.weight_buckets.options(num_returns="streaming").remote(BUCKET_BYTES) for learner in learners]
+    await _begin(engines)  # while the learners gather the first bucket
     count, total = 0, 0
     async for ref in streams[0]:
         for stream in streams[1:]:

@@ -94,6 +94,8 @@ class RolloutEngine:
             from vllm.v1.engine.async_llm import AsyncLLM
 
             vllm_options.check_plugin()
+            if self.device == "cpu":
+                vllm_options.register_classes(model_config.architectures or ())
             options = vllm_options.engine_options(self.model, self.config, self.device, self.dtype, self.seed, self.weight_sync, self._banned)
             vllm_config = vllm.AsyncEngineArgs(**options).create_engine_config()
             if self.device == "cpu":

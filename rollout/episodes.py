@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -110,9 +111,16 @@ class Episode:
 
     def visible(self, frame: int) -> list[Annotation]:
         """The targets' annotations in this frame, in the order of the objects."""
-        return [a for o in self.objects for a in o.annotations if a.frame == frame]
+        return list(self._by_frame.get(frame, ()))
 
-    @property
+    @cached_property
+    def _by_frame(self) -> dict[int, list[Annotation]]:
+        found: dict[int, list[Annotation]] = {}
+        for annotation in (a for o in self.objects for a in o.annotations):
+            found.setdefault(annotation.frame, []).append(annotation)
+        return found
+
+    @cached_property
     def has_masks(self) -> bool:
         """False where the targets are known by box and point alone."""
         return all(a.counts is not None for o in self.objects for a in o.annotations)

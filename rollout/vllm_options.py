@@ -82,6 +82,17 @@ def engine_options(model: str, config: RolloutConfig, device: str, dtype: str, s
     return options
 
 
+def register_classes(architectures: Sequence[str]) -> None:
+    """Gives vLLM the classes of these models, which this process needs anyway. At its first start vLLM would else ask another process what they can do, which has to import all of it again.
+
+    Not for a process that will use a GPU: vLLM says that the import may initialise it.
+    """
+    from vllm import ModelRegistry
+
+    for name in set(architectures) & set(ModelRegistry.models):
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
 def check_plugin() -> None:
     """Raises RuntimeError where vLLM would not find the weight-transfer plugin: the project is not installed."""
     from importlib.metadata import entry_points

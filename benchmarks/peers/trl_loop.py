@@ -48,15 +48,22 @@ def main() -> None:
     async def segment(frame, hypotheses):
         return segmenter.segment_group(frame, hypotheses)
 
+    lengths: list[list[int]] = []
+    objects: list[list[int]] = []
+
     def reward(prompts, completions, completion_ids, position, **_):
         """Group by group, as our loop scores them."""
         totals = []
+        lengths.append([len(ids) for ids in completion_ids])
+        objects.append([])
         for first in range(0, len(completions), rollout.group_size):
             texts = [c[0]["content"] for c in completions[first : first + rollout.group_size]]
             ids = completion_ids[first : first + rollout.group_size]
             group = [Completion(np.array(i, np.int32), np.zeros(len(i), np.float32), text, "stop", (("0", len(i)),), 0) for i, text in zip(ids, texts)]
             thoughts = [len(tokenizer(think_text(text), add_special_tokens=False)["input_ids"]) for text in texts]
-            totals += asyncio.run(score_group(taken[position[first]], group, thoughts, settings.reward, segment)).rewards.tolist()
+            scored = asyncio.run(score_group(taken[position[first]], group, thoughts, settings.reward, segment))
+            objects[-1] += [len(answer.objects) for answer in scored.answers]
+            totals += scored.rewards.tolist()
         return totals
 
     sys.modules["vllm"] = None  # TRL would import it
@@ -91,10 +98,8 @@ def main() -> None:
     )  # fmt: skip
     begun = time.perf_counter()
     trainer.train()
-    logged = [entry for entry in trainer.state.log_history if "reward" in entry]
-    print(json.dumps({
-        "seconds": np.diff([begun, *ends]).tolist(), "reward": [e["reward"] for e in logged], "tokens": [e["completions/mean_length"] for e in logged],
-    }))  # fmt: skip
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    print(json.dumps({"seconds": np.diff([begun, *ends]).tolist(), "reward": rewards, "tokens": lengths, "objects": objects}))
 
 
 if __name__ == "__main__":
