@@ -72,7 +72,7 @@ def vllm_alone(kind: str, asked: Connection, steps: list[Asked], count: int, sam
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    generate = ALONE[kind](options)
+    generate, close = ALONE[kind](options)
     same = dict(n=count, temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_response_tokens, logprobs=0, flat_logprobs=True, detokenize=False)
     asked.send("ready")
     for number in iter(asked.recv, None):
@@ -82,17 +82,17 @@ def vllm_alone(kind: str, asked: Connection, steps: list[Asked], count: int, sam
         ]
         outputs = generate(prompts, [SamplingParams(seed=seed, output_kind=RequestOutputKind.FINAL_ONLY, **same) for _, seed in steps[number]])
         asked.send([[list(one.token_ids) for one in output.outputs] for output in outputs])
-    os._exit(0)  # AsyncLLM would say at length that its event loop is gone; its core ends with this process
+    close()
 
 
-def through_llm(options: dict) -> Callable:
+def through_llm(options: dict) -> tuple[Callable, Callable]:
     from vllm import LLM
 
     llm = LLM(**{name: value for name, value in options.items() if name != "enable_log_requests"})  # which it has not
-    return partial(llm.generate, use_tqdm=False)
+    return partial(llm.generate, use_tqdm=False), lambda: None
 
 
-def through_async_llm(options: dict) -> Callable:
+def through_async_llm(options: dict) -> tuple[Callable, Callable]:
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -104,7 +104,11 @@ def through_async_llm(options: dict) -> Callable:
     async def every(prompts: list[dict], params: list) -> list:
         return await asyncio.gather(*map(one, prompts, params))
 
-    return lambda prompts, params: loop.run_until_complete(every(prompts, params))
+    async def close() -> None:
+        llm.output_handler.cancel()  # else it logs the end of its core as a failure
+        llm.shutdown()
+
+    return lambda prompts, params: loop.run_until_complete(every(prompts, params)), lambda: loop.run_until_complete(close())
 
 
 ALONE = {"AsyncLLM": through_async_llm, "LLM": through_llm}
