@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -169,7 +170,7 @@ def test_200_steps_fit_with_every_group_asked_for(tmp_path, episodes, tokenizer)
 
 def test_what_is_gone_costs_its_part_alone(tmp_path, episodes, tokenizer):
     """The videos, the policy's tokenizer, the trace, the rollouts."""
-    gone = [type(e)(**{**vars(e), "video": str(tmp_path / "gone"), "root": ""}) for e in episodes]
+    gone = [replace(e, video=str(tmp_path / "gone"), root="") for e in episodes]
     folder, notes, out = made(tmp_path, "one", gone, tokenizer), [], tmp_path / "page.html"
     folder.config.write_text(folder.config.read_text().replace(str(TOY / "policy"), str(tmp_path / "no-policy")))
     (folder.path / "trace.json").unlink()
