@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from side_by_side import machine, publish
+from cluster.run_folder import git_stamp
 
 HERE = Path(__file__).resolve().parent
 
@@ -81,8 +82,7 @@ def left_out(benchmark: Benchmark, peer: str | None) -> str | None:
 
 def commit() -> str | None:
     """Of the checkout; None where it is none."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    return done.stdout.strip() or None
+    return (git_stamp(HERE.parent) or {}).get("commit")
 
 
 def run(command: list[str], seconds: float, prints: bool) -> dict:

@@ -81,14 +81,6 @@ def engine_work(model: ModelSize, config, rows: list[rollout_log.RolloutRow]) ->
     return {"flops": forward + vision, "bytes": weights + kv}
 
 
-def busy(spans: list[timeline.Span]) -> float:
-    """Seconds in which at least one of them was going on."""
-    total, until = 0.0, 0.0
-    for span in sorted(spans, key=lambda s: s.begin):
-        total, until = total + max(0.0, span.end - max(span.begin, until)), max(span.end, until)
-    return total
-
-
 def stages(folder: RunFolder, speeds: dict[int, dict[str, float]]) -> dict[str, dict]:
     config = load(folder.config)
     path = resolve_path(config.policy.path, "policy.path")
@@ -99,7 +91,7 @@ def stages(folder: RunFolder, speeds: dict[int, dict[str, float]]) -> dict[str, 
     sam2 = None
     for step in sorted(records)[WARM_UP:]:
         (whole,) = [s for s in spans if (s.track, s.name) == ("loop", "rollout") and s.details["version"] == step - 1]
-        calls = lambda name: busy([s for s in spans if s.name == name and whole.begin <= s.begin <= whole.end])
+        calls = lambda name: timeline.busy_seconds(s for s in spans if s.name == name and whole.begin <= s.begin <= whole.end)
         rows = rollout_log.read_rollouts(rollout_log.file_of(folder.rollouts, step))
         sam2 = sam2 or sam2_flops(config, tuple(rows[0].frame_hw))
         prompts = sum(len(json.loads(row.answer_json or "[]")) for row in rows)

@@ -50,8 +50,8 @@ from cluster.update import with_advantages
 from learner.actor import LearnerActor
 from reward_service import parse_answer
 from rollout.actor import RolloutEngineActor
+from rollout.completion import Completion
 from rollout.decoding import Decoders
-from rollout.engine import Completion
 from rollout.episodes import Episode, TargetObject, annotate, write_episodes
 from rollout.prompts import Prompt, PromptBuilder
 from segmentation_service.masks import encode_rle

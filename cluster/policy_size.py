@@ -37,7 +37,7 @@ class PolicySize:
         from transformers import AutoConfig, AutoModelForImageTextToText
 
         if path in PUBLISHED and not Path(path).exists():
-            config = _published(PUBLISHED[path])
+            config = published_config(PUBLISHED[path])
         else:
             try:
                 config = AutoConfig.from_pretrained(path)
@@ -51,7 +51,8 @@ class PolicySize:
         return cls(count(""), count("visual."), text.num_hidden_layers, text.hidden_size, text.intermediate_size, 2 * text.num_key_value_heads * head, text.vocab_size)
 
 
-def _published(settings: dict[str, Any]):
+def published_config(settings: dict[str, Any]):
+    """A transformers configuration of one of `PUBLISHED`: its sizes, and nothing else of it."""
     from transformers import AutoConfig
 
     text = {name: value for name, value in settings.items() if name not in ("model_type", "vision")}

@@ -48,7 +48,7 @@ async def profiled(run: Run) -> AsyncIterator[None]:
         return
     ended = time.time()
     calls = {name: engine.stop_profile.remote() for name, engine in engines.items()} | {name: part.__ray_call__.remote(_end) for name, part in others.items()}
-    traces = await asyncio.gather(*(gather([call]) for call in calls.values()), return_exceptions=True)
+    traces = await asyncio.gather(*calls.values(), return_exceptions=True)
     found = {}
     for name, result in zip(calls, traces):
         if isinstance(result, RayError):
@@ -56,7 +56,7 @@ async def profiled(run: Run) -> AsyncIterator[None]:
         elif isinstance(result, BaseException):
             raise result
         else:
-            found[name] = result[0]
+            found[name] = result
     lines = await asyncio.to_thread(write, run.folder.path, step, began, ended, found)
     run.progress.note("\n".join(lines))
 

@@ -129,11 +129,7 @@ def _engine_rows(calls: Sequence[timeline.Span], lengths: dict[int, list[int]], 
 
 def _busy_seconds(calls: Sequence[timeline.Span]) -> float:
     """Seconds of a segmenter for a group: the time in which it had calls, over the groups that it was called for; they wait for one another."""
-    busy, until = 0.0, {}
-    for call in sorted(calls, key=lambda c: c.begin):
-        begin = max(call.begin, until.get(call.track, call.begin))
-        busy += max(0.0, call.end - begin)
-        until[call.track] = max(call.end, until.get(call.track, call.end))
+    busy = sum(timeline.busy_seconds(c for c in calls if c.track == track) for track in {call.track for call in calls})
     groups = len({call.details["number"] for call in calls})
     return busy / groups if groups else 0.0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,14 @@ class Span:
     track: str
     name: str
     details: dict[str, Any]
+
+
+def busy_seconds(spans: Iterable[Span]) -> float:
+    """Seconds in which at least one of them was going on."""
+    total, until = 0.0, 0.0
+    for span in sorted(spans, key=lambda s: s.begin):
+        total, until = total + max(0.0, span.end - max(span.begin, until)), max(span.end, until)
+    return total
 
 
 def spans(path: str | Path) -> list[Span]:

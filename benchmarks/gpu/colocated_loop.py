@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 import random_models
+from memory import used_gib
 from cluster import config, config_resolve
 from cluster.metrics import read_metrics
 from cluster.plan import plan
@@ -119,17 +120,3 @@ def by_stage(memory: list[tuple[float, float]], folder: Path) -> dict[str, float
         for name in here:
             most[name] = max(most.get(name, 0.0), gib)
     return most
-
-
-def used_gib(device: str, pid: int | None = None) -> float:
-    """In use on the GPU, by whomever; on a CPU the memory of a process (by default this one) and all that it started."""
-    if device == "cuda":
-        said = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True).stdout
-        return round(float(said.split()[0]) / 1024, 2)
-    total = 0
-    with suppress(psutil.Error):
-        root = psutil.Process(pid)
-        for one in (root, *root.children(recursive=True)):
-            with suppress(psutil.Error, OSError):
-                total += one.memory_full_info().pss
-    return round(total / 2**30, 2)

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from colocated_loop import RECIPES, used_gib
+from colocated_loop import RECIPES
+from memory import peak, used_gib
 from cluster import config
 from learner.batch import Sample, collate
 from learner.grpo import multiplicative_error, rollout_mismatch
@@ -38,7 +39,7 @@ def numerics(size: str, device: str, path: Path) -> Iterator[tuple[str, dict]]:
     for dtype in dict.fromkeys((engine.dtype, "float32")):
         start = time.perf_counter()
         own[dtype] = learner_logprobs(settings, path, samples, banned, device, getattr(torch, dtype))
-        yield f"learner {dtype} against engine {engine.dtype}", apart(own[dtype], sampled) | {"seconds": round(time.perf_counter() - start, 2)} | _peak(device)
+        yield f"learner {dtype} against engine {engine.dtype}", apart(own[dtype], sampled) | {"seconds": round(time.perf_counter() - start, 2)} | peak(device)
     if len(own) > 1:
         yield f"learner {engine.dtype} against learner float32", apart(own[engine.dtype], own["float32"])
 
@@ -97,13 +98,3 @@ def apart(logprobs: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
     mean = float(terms["mismatch_abs"].mean())
     values = {"kl": float(terms["mismatch_kl"].mean()), "mean": mean, "largest": float(terms["mismatch_abs"].max()), "factor": multiplicative_error(mean)}
     return {name: float(f"{value:.4g}") for name, value in values.items()}
-
-
-def _peak(device: str) -> dict[str, float]:
-    """Largest memory of tensors on a GPU since the last call."""
-    if device == "cpu":
-        return {}
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return {"gpu_gib": round(peak, 2)}

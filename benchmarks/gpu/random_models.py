@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from cluster.policy_size import PUBLISHED, _published
+from cluster.policy_size import PUBLISHED, published_config
 from rollout.toy_data import ToyDataConfig, write_toy_data
 from rollout.toy_world import WorldConfig
 
@@ -46,7 +46,7 @@ def _save_policy(name: str, out: Path, device: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    toy, config = AutoConfig.from_pretrained(TOY / "policy"), _published(PUBLISHED[POLICIES[name]])
+    toy, config = AutoConfig.from_pretrained(TOY / "policy"), published_config(PUBLISHED[POLICIES[name]])
     for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
         setattr(config, key, getattr(toy, key))
     text = dict(rms_norm_eps=1e-6, max_position_embeddings=128_000, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})

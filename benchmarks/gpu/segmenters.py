@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import random_models
+from memory import peak
 from segmentation import Moving
 from side_by_side import in_turns
 from segmentation_service.config import PropagationConfig
@@ -75,7 +76,7 @@ def sam2_speed(size: str, device: str) -> Iterator[tuple[str, dict]]:
         embedding = backend.encode(frame)
         runs = {"encode": lambda: _waited(backend.encode(frame), device), "decode": lambda: backend.decode(embedding, prompts)}
         times = _timed(runs, size)
-        yield dtype, {"frames_encoded_per_second": _per_second(1, times["encode"]), "groups_decoded_per_second": _per_second(1, times["decode"]), "times": times} | _peak(device)
+        yield dtype, {"frames_encoded_per_second": _per_second(1, times["encode"]), "groups_decoded_per_second": _per_second(1, times["decode"]), "times": times} | peak(device)
 
 
 def xmem_speed(size: str, device: str) -> Iterator[tuple[str, dict]]:
@@ -89,7 +90,7 @@ def xmem_speed(size: str, device: str) -> Iterator[tuple[str, dict]]:
         propagator = Propagator(network, PropagationConfig(size=SHORT_SIDE[size], dtype=dtype))
         runs = {name: lambda n=n, masks=masks: sum(1 for _ in propagator.propagate(clips[n], 0, masks)) for name, (n, masks) in given.items()}
         times = _timed(runs, size)
-        yield dtype, {"frames_per_second": {name: _per_second(frames - 1, time) for name, time in times.items()}, "times": times} | _peak(device)
+        yield dtype, {"frames_per_second": {name: _per_second(frames - 1, time) for name, time in times.items()}, "times": times} | peak(device)
 
 
 def _timed(runs: dict, size: str) -> dict[str, dict]:
@@ -105,12 +106,3 @@ def _waited(result: object, device: str) -> object:
     if device == "cuda":
         torch.cuda.synchronize()
     return result
-
-
-def _peak(device: str) -> dict[str, float]:
-    """Largest memory of tensors on a GPU since the last call."""
-    if device == "cpu":
-        return {}
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    return {"gpu_gib": round(peak, 2)}
