@@ -6,7 +6,7 @@ A call goes to the replica of its number, or, while that one is down, to another
 from __future__ import annotations
 
 import asyncio
-import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from cluster.timeline import Timeline
 
 T = TypeVar("T")
 LOST = (RayActorError, EngineBroken, asyncio.TimeoutError)
+WAITS = 20  # of equal length, until a replica that stays silent counts as hung
 
 
 class Replicas:
@@ -43,7 +44,7 @@ class Replicas:
         self.seconds, self.restarts, self.note, self.losses = seconds, restarts, note, 0
         self.timeline = timeline
         self.down: dict[int, asyncio.Task[Any]] = {}
-        self._heard: dict[Any, float] = {}  # when a call ended last, by actor
+        self._answers: Counter[Any] = Counter()  # by actor
 
     @property
     def up(self) -> list[Any]:
@@ -90,14 +91,15 @@ class Replicas:
             task.cancel()
 
     async def _answer(self, actor: Any, call: Any) -> Any:
-        waiting, began = asyncio.ensure_future(_result(call)), time.monotonic()
+        waiting, quiet, answers = asyncio.ensure_future(_result(call)), 0, self._answers[actor]
         try:
-            while not waiting.done():
-                quiet = time.monotonic() - max(began, self._heard.get(actor, began))
-                if quiet >= self.seconds:
+            # Silence is counted in waits, not by the clock: a machine that was suspended, or a controller that got no processor, has heard nobody.
+            while not (await asyncio.wait({waiting}, timeout=self.seconds / WAITS))[0]:
+                quiet = quiet + 1 if self._answers[actor] == answers else 0
+                answers = self._answers[actor]
+                if quiet >= WAITS:
                     raise asyncio.TimeoutError
-                await asyncio.wait({waiting}, timeout=self.seconds - quiet)
-            self._heard[actor] = time.monotonic()
+            self._answers[actor] += 1
             return waiting.result()
         except asyncio.CancelledError:  # nobody wants it any more: an engine can drop its requests
             ray.cancel(call)

@@ -118,6 +118,7 @@ def test_lost_parts_start_again_and_no_group_is_lost(started, toy_data, folder):
     """vLLM's process and a segmenter, then the learner, killed; then Ctrl-C: a checkpoint, nothing left running, and every group exactly once in what survives. The KL
     is part of the reward, for which learners are asked twice a step."""
     asked = ["loop.steps=500", "eval.ends=false", f"run.dir={folder}", "run.name=run", "cluster.address=local", "loop.max_staleness=1", "learner.kl_in=reward", *LIMITS]
+    asked += ["loop.score_seconds=30"]  # what is killed is noticed at once; on a machine at work for other tests one may be silent for ten seconds
     run = started("train", *settings(toy_data, *asked))
     run.steps(2)
     run.fault(CORE, signal.SIGKILL)

@@ -115,6 +115,20 @@ def test_a_stopped_process_is_killed_and_replaced(ray_session):
     asyncio.run(scene())
 
 
+def test_time_in_which_this_process_itself_stands_still_does_not_count(ray_session):
+    """A machine that is suspended, a controller that gets no processor."""
+
+    async def scene():
+        async with Started(seconds=2.0) as s:
+            first = await s.replicas.call(0, "pid")
+            call = asyncio.ensure_future(s.replicas.call(0, "stay", 3.5))
+            await asyncio.sleep(0.1)
+            time.sleep(3.0)
+            assert await call == first and not s.notes
+
+    asyncio.run(scene())
+
+
 def test_one_that_answers_others_is_not_hung(ray_session):
     """Calls that wait behind others for longer than the limit."""
 
