@@ -62,18 +62,21 @@ def workers(threads: int):
     running = {}
     for name, setting in SETTINGS.items():
         environment = {**{k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}, **(ENVIRONMENT if setting is None else setting)}
-        command = [sys.executable, "-m", "benchmarks.openmp_waiting", "--worker", "--threads", str(threads)]
-        running[name] = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        command = [sys.executable, __file__, "--worker", "--threads", str(threads)]
+        running[name] = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def once(process):
         process.stdin.write("\n")
         process.stdin.flush()
-        if process.stdout.readline() != "done\n":
-            raise RuntimeError("a worker has ended; run one by hand with --worker to see why")
+        said(process, "done")
+
+    def said(process, word):
+        if process.stdout.readline() != f"{word}\n":
+            raise RuntimeError("a worker has ended; its reason stands above")
 
     try:
         for process in running.values():
-            process.stdout.readline()
+            said(process, "ready")
         yield {name: lambda process=process: once(process) for name, process in running.items()}
     finally:
         for process in running.values():

@@ -7,7 +7,7 @@
                 engine needs for a step's groups; alone, a step takes it longer, since the engine runs empty at its end
     controller  seconds of CPU a group where answers and updates take no time: drawing, beginning, handing out, the ledger on disk
     engines     the same with actors of a local Ray that give the same eight answers of 100 tokens at once in place of engines: what it takes to ask them with a prompt of
-                five pictures, to receive the answers, and to compute their rewards from boxes and points, for 1 to 8 of them
+                five pictures and to receive the answers (`calls`), and to compute their rewards from boxes and points (`rewards`), for 1 to 8 of them
 
 `cluster.pipeline`, `cluster.ledger`, `cluster.replicas` and `cluster.scoring` are the real ones; generation and learning are timers.
 """
@@ -22,6 +22,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from statistics import mean as mean_of
 from statistics import median
@@ -140,26 +141,27 @@ def engines(rounds: int) -> list[dict]:
         actors = [actor.remote(answers) for _ in range(count)]
         replicas = Replicas("engine", actors, kill=None, start=None, join=None, seconds=600.0, restarts=0, note=print, timeline=Timeline(os.devnull))
 
-        async def one(number: int) -> ScoredGroup:
-            completions = await replicas.call(number, "generate", toy.prompt, 8, None, list(range(8)))
-            return await score_group(toy, completions, [9] * 8, RewardConfig(), None)
+        ask = lambda number: replicas.call(number, "generate", toy.prompt, 8, None, list(range(8)))
+        score = lambda completions: score_group(toy, completions, [9] * 8, RewardConfig(), None)
 
-        async def many(groups: int) -> None:
-            await asyncio.gather(*map(one, range(groups)))
+        async def both(number: int) -> ScoredGroup:
+            return await score(await ask(number))
 
-        async def timed() -> list[float]:
+        async def timed(one: Callable[[int], Awaitable]) -> list[float]:
             seconds = []
-            await many(64)  # actors start, caches fill
+            await asyncio.gather(*map(one, range(64)))  # actors start, caches fill
             for _ in range(rounds):
                 start = time.process_time()
-                await many(256)
+                await asyncio.gather(*map(one, range(256)))
                 seconds.append((time.process_time() - start) / 256)
             return seconds
 
-        seconds = asyncio.run(timed())
+        async def parts() -> dict:
+            return microseconds(await timed(both)) | {"calls": microseconds(await timed(ask)), "rewards": microseconds(await timed(lambda _: score(answers)))}
+
+        found.append({"engines": count} | asyncio.run(parts()))
         for each in actors:
             ray.kill(each)
-        found.append({"engines": count} | microseconds(seconds))
         print(f"  {found[-1]}", file=sys.stderr, flush=True)
     ray.shutdown()
     return found

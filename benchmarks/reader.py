@@ -51,7 +51,7 @@ def write_shard(file: Path) -> None:
         objects = [{"object_id": str(n), "annotations": [annotation(t) for t in range(0, 50, 5)]} for n in range(2)]
         video = {"video_id": f"v{i // 4}", "video": f"JPEGImages/v{i // 4}", "height": 480, "width": 854, "num_frames": 50, "fps": 6.0}
         about = {"source": "generated", "split": "train", "query": f"number {i}, the one that moves to the left", "difficulty": 4.0}
-        return {name: None for name in SCHEMA.names} | video | about | {"annotated_frames": list(range(0, 50, 5)), "objects": objects}
+        return {name: None for name in SCHEMA.names} | video | about | {"annotated_frames": list(range(0, 50, 5)), "objects": objects, "ignore": []}
 
     base = pa.Table.from_pylist([episode(i) for i in range(1000)], SCHEMA)
     partial = file.with_suffix(".partial")

@@ -78,7 +78,7 @@ def official_xmem() -> XMem:
     return network.eval().requires_grad_(False)
 
 
-def xmem() -> dict:
+def xmem(rounds: int) -> dict:
     network = official_xmem()
     prepared, weights = network.for_inference(), dict(network.state_dict())
     result = {}
@@ -103,16 +103,16 @@ def xmem() -> dict:
                     tracker.step(image)
 
             runs = {"plain": lambda: clip(lambda: PlainXMem(weights, config)), "ours": lambda: clip(lambda: XMemTracker(prepared, config))}
-            times = in_turns(runs, 3)
+            times = in_turns(runs, rounds)
         else:  # single frames once the memory is full; the memory grows by one frame a round on both sides
             trackers = {"plain": start(PlainXMem(weights, config)), "ours": start(XMemTracker(prepared, config))}
             left = {side: iter(images[warm:] * 3) for side in trackers}
-            times = in_turns({side: lambda side=side: trackers[side].step(next(left[side])) for side in trackers}, 5)
+            times = in_turns({side: lambda side=side: trackers[side].step(next(left[side])) for side in trackers}, rounds)
         result[name] = {"times": times, "plain_over_ours": ratio(times, "plain", "ours")}
     return result
 
 
-def memory_read() -> dict:
+def memory_read(rounds: int) -> dict:
     """16 memory frames of 480x854 (30 x 54 positions at stride 16), three objects, every position a query."""
     torch.manual_seed(0)
     config, (h, w), objects = XMemConfig(max_mid_term_frames=17), (30, 54), 3
@@ -125,11 +125,11 @@ def memory_read() -> dict:
     key, selection = torch.randn(1, 64, h, w), torch.rand(1, 64, h, w)
     runs = {"plain": lambda: plain.read(key[0].flatten(1), selection[0].flatten(1)), "ours": lambda: ours.read(key, selection)}
     difference = (runs["plain"]().unflatten(2, (h, w)) - runs["ours"]()).abs().max().item()
-    times = in_turns(runs, 5)
+    times = in_turns(runs, rounds)
     return {"times": times, "plain_over_ours": ratio(times, "plain", "ours"), "max_difference": difference}
 
 
-def objects() -> dict:
+def objects(rounds: int) -> dict:
     prepared, frames, result = official_xmem().for_inference(), 11, {}
     videos = {n: Moving(frames, (240, 432), n) for n in (1, 3, 8)}
 
@@ -139,13 +139,13 @@ def objects() -> dict:
         for i in range(1, frames):
             tracker.step(video.image(i))
 
-    times = in_turns({f"{n}_objects": lambda v=v: clip(v) for n, v in videos.items()}, 3)
+    times = in_turns({f"{n}_objects": lambda v=v: clip(v) for n, v in videos.items()}, rounds)
     for name, time in times.items():
         result[name] = {"frames_per_second": round(frames / time["seconds"], 2), "times": time}
     return result
 
 
-def hypotheses() -> dict:
+def hypotheses(rounds: int) -> dict:
     prepared, frames = official_xmem().for_inference(), 6
     video = Moving(frames, (240, 432), 16)
     images, masks = [video.image(i) for i in range(frames)], torch.from_numpy(video.masks(0)).float()
@@ -164,7 +164,7 @@ def hypotheses() -> dict:
                 tracker.step(image)
 
     candidates = {f"G={g}": lambda g=g: group(g) for g in (1, 2, 4, 8, 16)}
-    times = in_turns({**candidates, "eight_runs": alone}, 3)
+    times = in_turns({**candidates, "eight_runs": alone}, rounds)
     return {
         "times": times,
         "relative_to_one": {name: ratio(times, name, "G=1") for name in candidates},
@@ -172,7 +172,7 @@ def hypotheses() -> dict:
     }
 
 
-def sam2() -> dict:
+def sam2(rounds: int) -> dict:
     from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model
 
     from segmentation_service.sam2_transformers import TransformersSam2
@@ -192,7 +192,7 @@ def sam2() -> dict:
             for answer in answers:
                 segmenter.segment_group(frame, [answer])
 
-        times = in_turns({"one_call_an_answer": naive, "one_call_a_group": lambda: segmenter.segment_group(frame, answers)}, 3 if hw[0] > 400 else 20)
+        times = in_turns({"one_call_an_answer": naive, "one_call_a_group": lambda: segmenter.segment_group(frame, answers)}, rounds if hw[0] > 400 else 20)
         result[name] = {"times": times, "naive_over_ours": ratio(times, "one_call_an_answer", "one_call_a_group")}
     return result
 
@@ -202,7 +202,7 @@ def _box(mask_HW: np.ndarray) -> tuple[int, int, int, int]:
     return int(x.min()), int(y.min()), int(x.max()), int(y.max())
 
 
-def length() -> dict:
+def length(rounds: int) -> dict:
     """Each length in a process of its own, whose largest resident size is what counts."""
     result = {}
     for frames in LENGTHS:
@@ -261,6 +261,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write or complete; without it the JSON goes to the screen")
     parser.add_argument("--only", nargs="+", choices=list(QUESTIONS), help="these questions only")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default 1, what an actor has)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default 3)")
     parser.add_argument("--frames", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -273,7 +274,7 @@ def main() -> None:
             continue
         print(f"--- {name}", file=sys.stderr, flush=True)
         with torch.inference_mode():
-            record[name] = {"machine": machine(args.threads), **QUESTIONS[name]()}
+            record[name] = {"machine": machine(args.threads), **QUESTIONS[name](args.rounds)}
         if args.json:
             publish(record, args.json)
     if not args.json:

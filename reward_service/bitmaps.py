@@ -1,6 +1,7 @@
-"""Masks packed 64 columns to a word, for fast counts and dilations: numpy arrays `words (..., H, ceil(W/64)) uint64`.
+"""Masks packed 64 columns to a word, for fast counts and dilations: numpy arrays `words (..., ceil(W/64), H) uint64`.
 
-Column x is bit x % 64 of word x // 64. Bits past the width are zero in what `pack` and `boundary` return.
+Column x is bit x % 64 of word x // 64. Rows come last, so that a step to the next word or the next row moves long runs of memory.
+Bits past the width are zero in what `pack` and `boundary` return.
 """
 
 from math import isqrt
@@ -14,7 +15,7 @@ def pack(masks: np.ndarray) -> np.ndarray:
     missing = -packed.shape[-1] % 8
     if missing:
         packed = np.concatenate([packed, np.zeros((*packed.shape[:-1], missing), np.uint8)], axis=-1)
-    return np.ascontiguousarray(packed).view("<u8")
+    return np.ascontiguousarray(np.ascontiguousarray(packed).view("<u8").swapaxes(-1, -2))
 
 
 def count(words: np.ndarray) -> np.ndarray:
@@ -25,7 +26,7 @@ def count(words: np.ndarray) -> np.ndarray:
 def east(words: np.ndarray) -> np.ndarray:
     """out[x] = in[x + 1]; zeros from outside."""
     out = words >> np.uint64(1)
-    out[..., :-1] |= words[..., 1:] << np.uint64(63)
+    out[..., :-1, :] |= words[..., 1:, :] << np.uint64(63)
     return out
 
 
@@ -35,8 +36,8 @@ def widened(words: np.ndarray, by: int) -> np.ndarray:
     out = words >> near
     out |= words
     out |= words << near
-    out[..., :-1] |= words[..., 1:] << far
-    out[..., 1:] |= words[..., :-1] >> far
+    out[..., :-1, :] |= words[..., 1:, :] << far
+    out[..., 1:, :] |= words[..., :-1, :] >> far
     return out
 
 
@@ -45,28 +46,28 @@ def boundary(words: np.ndarray, width: int) -> np.ndarray:
 
     Only the part of the image that can hold such pixels is returned, the same part for all masks.
     """
-    last = np.zeros(words.shape[-1], np.uint64)
+    last = np.zeros((words.shape[-2], 1), np.uint64)
     last[(width - 1) // 64] = np.uint64(1) << np.uint64((width - 1) % 64)
-    rows, columns = _occupied(words)
-    words, last = words[..., rows, columns], last[columns]
-    south = np.concatenate([words[..., 1:, :], words[..., -1:, :]], axis=-2)
+    columns, rows = _occupied(words)
+    words, last = np.ascontiguousarray(words[..., columns, rows]), last[columns]
+    south = np.concatenate([words[..., 1:], words[..., -1:]], axis=-1)
     return (words ^ south) | (words ^ (east(words) | words & last)) | (words ^ (east(south) | south & last))
 
 
 def _occupied(words: np.ndarray) -> tuple[slice, slice]:
-    """Rows and words with a pixel set, one more of each to the north-west, and a row of zeros to the south if the image has one."""
+    """Words and rows with a pixel set, one more of each to the north-west, and a row of zeros to the south if the image has one."""
     used = np.bitwise_or.reduce(words.reshape(-1, *words.shape[-2:]), axis=0)
-    rows, columns = np.flatnonzero(used.any(axis=1)), np.flatnonzero(used.any(axis=0))
+    columns, rows = np.flatnonzero(used.any(axis=1)), np.flatnonzero(used.any(axis=0))
     if not len(rows):
         return slice(1), slice(1)
-    return slice(max(rows[0] - 1, 0), rows[-1] + 2), slice(max(columns[0] - 1, 0), columns[-1] + 1)
+    return slice(max(columns[0] - 1, 0), columns[-1] + 1), slice(max(rows[0] - 1, 0), rows[-1] + 2)
 
 
 def dilated(words: np.ndarray, radius: int) -> np.ndarray:
     """Dilation by the disk x^2 + y^2 <= radius^2; padding bits of the result are undefined."""
     out = np.zeros_like(words)
     row, half_width = words, 0  # `row`: every pixel widened by half_width to both sides
-    height = words.shape[-2]
+    height = words.shape[-1]
     for dy in range(radius, -1, -1):
         wanted = isqrt(radius * radius - dy * dy)
         while half_width < wanted:
@@ -77,6 +78,6 @@ def dilated(words: np.ndarray, radius: int) -> np.ndarray:
         if dy == 0:
             out |= row
         elif dy < height:
-            out[..., dy:, :] |= row[..., :-dy, :]
-            out[..., :-dy, :] |= row[..., dy:, :]
+            out[..., dy:] |= row[..., :-dy]
+            out[..., :-dy] |= row[..., dy:]
     return out

@@ -234,5 +234,5 @@ def episode_of_row(row: dict, root: str) -> Episode:
         TargetObject(o["object_id"], tuple(Annotation(**a | {"box": tuple(a["box"]), "point": tuple(a["point"])}) for a in o["annotations"]))
         for o in row["objects"]
     )
-    ignore = tuple(IgnoreMask(**m) for m in row.get("ignore", ()))
+    ignore = tuple(IgnoreMask(**m) for m in row.get("ignore") or ())  # null where another program wrote the shard
     return Episode(**row | {"objects": objects, "ignore": ignore, "annotated_frames": tuple(row["annotated_frames"]), "root": root})

@@ -111,6 +111,21 @@ BESIDE_TRL = [
     for side, place in (("ours, synchronous", "ours"), ("TRL", "TRL"))
 ]
 
+START_UP = (
+    "policy and data checked", "Ray begun", "actors asked for", "vLLM imported", "engine core begun", "engine core imported", "model loaded", "warmed up", "engine ready", "weights synced", "first group answered",
+)  # fmt: skip
+OVERHEAD = [
+    ("our engine against vLLM's own AsyncLLM, the same requests", "seconds_of_ours_over.AsyncLLM", "times the time"),
+    ("the same, CPU time of all processes", "cpu_seconds_of_ours_over.AsyncLLM", "times the CPU time"),
+    ("our engine against vllm.LLM, all in one process", "seconds_of_ours_over.LLM", "times the time"),
+    ("ours", "tokens_per_second.ours", "tokens/s"),
+]
+SYNC = [
+    ("weights", "bytes", "bytes"),
+    ("a sync against a plain copy in memory", "sync_over_copy", "times the time"),
+    *((f"of it: {stage}", f"seconds.{stage}", "s") for stage in ("pause", "gather and hash", "put", "load", "wake")),
+    ("from the last gradient to the first token", "seconds.last gradient to first token", "s"),
+]
 # What the page about performance takes from each record of docs/: words, place in the JSON, unit.
 RECORDS = {
     "learner-benchmark.json": [
@@ -146,6 +161,8 @@ RECORDS = {
         ("the same where learning takes twice as long", "efficiency.5.step_over_slower", "times the time"),
         ("controller: pipeline and ledger, 4,096 groups a step", "controller.3.microseconds_a_group", "microseconds a group"),
         ("controller: with calls of eight actors, and rewards", "engines.3.microseconds_a_group", "microseconds a group"),
+        ("the calls alone", "engines.3.calls.microseconds_a_group", "microseconds a group"),
+        ("the rewards alone, eight completions", "engines.3.rewards.microseconds_a_group", "microseconds a group"),
     ],
     "whole-loop-benchmark.json": [
         ("the toy policy, 16 completions a step, against TRL: synchronous", "times_as_fast_as_trl.ours", "times as fast"),
@@ -154,8 +171,37 @@ RECORDS = {
         *BESIDE_TRL,
     ],
     "whole-loop-small-benchmark.json": [
-        ("22 million weights, prompts of 900 tokens from six frames, 192 new tokens, against TRL: synchronous", "times_as_fast_as_trl.ours", "times as fast"),
+        ("22 million weights, prompts of 950 tokens from six frames, against TRL: synchronous", "times_as_fast_as_trl.ours", "times as fast"),
         *BESIDE_TRL,
+    ],
+    "time-to-reward.json": [
+        ("held-out reward that is to be reached", "size.reward", ""),
+        ("seconds of training until then: ours, synchronous", "sides.ours.seconds", "s"),
+        ("the same: TRL", "sides.TRL.seconds", "s"),
+        ("steps: ours", "sides.ours.steps", ""),
+        ("steps: TRL", "sides.TRL.steps", ""),
+    ],
+    "limits-benchmark.json": [
+        row
+        for size in ("toy", "small")
+        for stage in ("engine", "segmenter", "learner", "sync")
+        for row in (
+            (f"{size}, {stage}: a step has", f"sizes.{size}.stages.{stage}.seconds", "s of it"),
+            (f"{size}, {stage}: against what arithmetic and memory allow", f"sizes.{size}.stages.{stage}.times_its_limit", "times the time"),
+        )
+    ],
+    "generation-benchmark.json": OVERHEAD,
+    "generation-small-benchmark.json": OVERHEAD,
+    "weight-sync-benchmark.json": SYNC,
+    "weight-sync-small-benchmark.json": SYNC,
+    "start-up.json": [
+        ("first start, with empty caches: until the first answers are there", "first.at.first group answered", "s"),
+        ("the start after it", "second.at.first group answered", "s"),
+        *((f"of the first: {event}, after", f"first.took.{event}", "s") for event in START_UP),
+    ],
+    "scaling-benchmark.json": [
+        ("the stage that grows fastest with what is asked of it: exponent", "largest.exponent.value", ""),
+        *((f"a step against {what}: exponent of the last doubling", f"sizes.{size}.step.exponent_of_the_last_doubling", "") for size, what in (("completions", "completions of a group"), ("frames", "frames of the video"), ("objects", "objects"), ("shown", "frames of the prompt"))),
     ],
     "simulator-benchmark.json": [("largest error of six predicted step times", "largest_error", "of the measured time")],
     "evaluation-benchmark.json": [("scoring a video benchmark against the way of the official evaluators", "plain_over_ours", "times as fast")],

@@ -71,7 +71,7 @@ def test_every_pixel_of_the_disk(radius):
         mask = np.zeros((60, 130), bool)
         mask[y, x] = True
         dilated = bitmaps.dilated(bitmaps.pack(mask), radius)
-        found = np.unpackbits(dilated.view(np.uint8), axis=-1, bitorder="little")[:, :130]
+        found = np.unpackbits(np.ascontiguousarray(dilated.T).view(np.uint8), axis=-1, bitorder="little")[:, :130]
         yy, xx = np.mgrid[:60, :130]
         assert (found == ((yy - y) ** 2 + (xx - x) ** 2 <= radius**2)).all()
 

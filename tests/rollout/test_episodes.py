@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -54,6 +55,14 @@ def test_what_is_wrong_with_a_data_set_is_said(tmp_path):
     file.write_bytes(b"PAR1 and then nothing")
     with pytest.raises(DataError, match="not a readable Parquet file"):
         list(read_episodes(tmp_path))
+
+
+def test_no_ignored_pixels_may_be_written_as_null(tmp_path):
+    write_episodes([episode()], tmp_path / "x.parquet")
+    table = pq.read_table(tmp_path / "x.parquet")
+    place = table.schema.get_field_index("ignore")
+    pq.write_table(table.set_column(place, table.schema.field(place), pa.array([None], table.schema.field(place).type)), tmp_path / "x.parquet")
+    assert [e.ignore for e in read_episodes(tmp_path)] == [()]
 
 
 def test_what_version_1_lacks_is_filled_in(tmp_path):
