@@ -65,7 +65,7 @@ def test_every_kind_of_damage_is_found(data):
     good = next(read_episodes(data / "valid"))
     (target,) = good.objects
     first = target.annotations[0]
-    (x1, y1, x2, y2), (x, y) = first.box, first.point
+    (x1, y1, x2, y2), (_, y) = first.box, first.point
     assert problems(good) == []
 
     def found(**changes):
