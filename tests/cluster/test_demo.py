@@ -62,7 +62,7 @@ def gradio_client():
 
 @pytest.fixture(scope="module")
 def client(app, gradio_client, tmp_path_factory):
-    return gradio_client.Client(app[1], verbose=False, analytics_enabled=False, httpx_kwargs={"trust_env": False}, download_files=tmp_path_factory.mktemp("answers"))
+    return gradio_client.Client(app[1], verbose=False, analytics_enabled=False, httpx_kwargs={"trust_env": False, "timeout": 60}, download_files=tmp_path_factory.mktemp("answers"))
 
 
 @pytest.fixture(scope="module")
