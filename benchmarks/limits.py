@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from side_by_side import machine, publish
 from small_policy import SMALL, save_small_policy
-from whole_loop import watched
+from whole_loop import toy_data, watched
 from cluster import rollout_log, timeline
 from cluster.config import RunConfig, load
 from cluster.metrics import read_metrics
@@ -34,7 +34,6 @@ from cluster.run_folder import RunFolder
 from learner.flops import ModelSize, step_flops
 from learner.policy import PolicyModel, load_model
 from learner.schedule import SampleSize
-from rollout.toy_data import write_toy_data
 from segmentation_service.prompts import ObjectPrompt
 from segmentation_service.segmenter import Segmenter
 
@@ -120,11 +119,9 @@ def main() -> None:
     speeds = {threads: speed_of(threads) for threads in (1, 2)}
     record = {"machine": machine(2), "limits": {threads: {name: round(value / 1e9, 1) for name, value in speed.items()} for threads, speed in speeds.items()}, "sizes": {}}
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "data"
-        write_toy_data(data, progress=lambda line: None)
+        data = toy_data(Path(folder) / "data")
         for size in args.sizes:
-            asked = [f"loop.steps={args.steps}", f"rollout.prompts_per_step={args.prompts}", "eval.ends=false", "loop.save_every=100000", f"data.train={data / 'train'}"]
-            asked += [f"data.evaluation={data / 'valid_u'}", "data.generate=null"]
+            asked = [f"loop.steps={args.steps}", f"rollout.prompts_per_step={args.prompts}", "eval.ends=false", "loop.save_every=100000", *data]
             if size == "small":
                 save_small_policy(Path(folder) / "policy")
                 asked += [*SMALL, f"policy.path={Path(folder) / 'policy'}"]

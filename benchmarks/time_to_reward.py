@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from side_by_side import machine, publish, spread
-from whole_loop import HERE, OURS, watched
+from whole_loop import HERE, OURS, toy_data, watched
 from cluster.metrics import read_metrics
-from rollout.toy_data import write_toy_data
 
 
 class Evaluation(NamedTuple):
@@ -66,9 +65,7 @@ def main() -> None:
     asked = [f"loop.steps={args.steps}", f"rollout.prompts_per_step={args.prompts}", f"eval.episodes={args.episodes}", "loop.save_every=100000"]
     curves: dict[str, list[list[Evaluation]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "toy"
-        write_toy_data(data, progress=lambda line: None)
-        asked += [f"data.train={data / 'train'}", f"data.evaluation={data / 'valid_u'}", "data.generate=null"]
+        asked += toy_data(Path(folder) / "toy")
         for n in range(args.rounds):
             for name in args.ours:
                 curves[name].append(ours([*asked, *OURS[name], f"run.seed={n}"], args.every, Path(folder) / f"{name}-{n}"))

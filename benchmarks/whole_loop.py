@@ -52,6 +52,12 @@ def watched(command: list[str], given: str = "") -> tuple[str, float]:
     return out, most[0]
 
 
+def toy_data(folder: Path) -> list[str]:
+    """The settings of a toy world that is made in this folder."""
+    write_toy_data(folder, progress=lambda line: None)
+    return [f"data.train={folder / 'train'}", f"data.evaluation={folder / 'valid_u'}", "data.generate=null"]
+
+
 def ours(asked: list[str], folder: Path) -> dict:
     """Seconds of each step but the first; of each step the mean reward, and tokens and named objects of its completions."""
     _, gib = watched([sys.executable, "-m", "cluster.cli", "train", "debug", *asked, f"run.dir={folder.parent}", f"run.name={folder.name}"])
@@ -82,9 +88,7 @@ def main() -> None:
     asked = [f"loop.steps={args.steps}", f"rollout.prompts_per_step={args.prompts}", f"rollout.group_size={args.group_size}", "eval.ends=false", "loop.save_every=100000"]
     runs: dict[str, list[dict]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "toy"
-        write_toy_data(data, progress=lambda line: None)
-        asked += [f"data.train={data / 'train'}", f"data.evaluation={data / 'valid_u'}", "data.generate=null"]
+        asked += toy_data(Path(folder) / "toy")
         if args.size == "small":
             save_small_policy(Path(folder) / "policy")
             asked += [*SMALL, f"policy.path={Path(folder) / 'policy'}"]

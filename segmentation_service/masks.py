@@ -34,10 +34,11 @@ def decode_rle(rle) -> np.ndarray:
     if height <= 0 or width <= 0:
         raise ValueError(f"a run-length mask needs a positive size; got {[height, width]}")
     pixels = height * width
-    runs = np.array([int(n) for n in counts]) if isinstance(counts, (list, tuple)) else _parse_counts(counts)
+    said = [int(n) for n in counts] if isinstance(counts, (list, tuple)) else _parse_counts(counts)
+    runs = np.asarray(said)
     sound = bool(((runs >= 0) & (runs <= pixels)).all())
     if not sound or runs.sum() != pixels:
-        raise ValueError(f"the runs of the mask add up to {sum(runs.tolist())} pixels, its size {height}x{width} needs {pixels}" + ("" if sound else ", and one is negative or too long"))
+        raise ValueError(f"the runs of the mask add up to {sum(map(int, said))} pixels, its size {height}x{width} needs {pixels}" + ("" if sound else ", and one is negative or too long"))
     inside = np.arange(len(runs)) % 2 == 1  # runs go down the columns, the first one outside
     return np.ascontiguousarray(np.repeat(inside, runs).reshape(width, height).T)
 
