@@ -69,6 +69,8 @@ def main() -> None:
         for n in range(args.rounds):
             for name in args.ours:
                 curves[name].append(ours([*asked, *OURS[name], f"run.seed={n}"], args.every, Path(folder) / f"{name}-{n}"))
+                if (begins := curves[name][-1][0].reward) >= args.reward:
+                    sys.exit(f"--reward {args.reward:g} is reached before any training, which begins at {begins:.3f}; ask for more")
             curves["TRL"].append(trl([*asked, f"run.seed={n}"], args.steps, args.every, Path(folder) / f"trl-{n}"))
             print(f"  round {n + 1}/{args.rounds}", file=sys.stderr, flush=True)
     there = {name: [reached(curve, args.reward) for curve in each] for name, each in curves.items()}
