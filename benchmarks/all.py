@@ -41,14 +41,14 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = [
-    Benchmark("measures", "measures.py", 0.3, "measures-benchmark.json"),
-    Benchmark("reward_growth", "reward_growth.py --rounds 2 --largest 262144", 1.5, "reward-growth.json"),
+    Benchmark("measures", "measures.py", 0.2, "measures-benchmark.json"),
+    Benchmark("reward_growth", "reward_growth.py --rounds 2 --largest 262144", 0.8, "reward-growth.json"),
     Benchmark("reward_throughput", "reward_throughput.py --batch 1 64 --seconds 3", 1.5, prints=True),
     Benchmark("video_reward", "video_reward.py --rounds 5", 0.4, prints=True),
-    Benchmark("openmp_waiting", "openmp_waiting.py --rounds 9", 1, "openmp-waiting.json"),
+    Benchmark("openmp_waiting", "openmp_waiting.py --rounds 9", 0.4, "openmp-waiting.json"),
     Benchmark("learning", "learning.py --rounds 2", 2, "learner-benchmark.json"),
     Benchmark("decoding", "decoding.py --rounds 2 --reads 500", 2, "decoding-benchmark.json"),
-    Benchmark("evaluation", "evaluation.py --rounds 2 --videos 10", 2.5, "evaluation-benchmark.json"),
+    Benchmark("evaluation", "evaluation.py --rounds 1 --videos 6", 4, "evaluation-benchmark.json"),
     Benchmark("pipeline", "pipeline.py --rounds 1", 2, "pipeline-benchmark.json"),
     Benchmark("simulator", "simulator.py --rounds 1", 2, "simulator-benchmark.json"),
     Benchmark("serve_kill", "serve_kill.py --requests 300 --clients 100", 1, prints=True),

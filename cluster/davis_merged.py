@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from reward_service.measures import boundary_f, jaccard
+from reward_service.measures import jaccard_and_f_of_pairs
 from rollout.episodes import Episode
 from rollout.importers.masks import VOID, read_png
 from rollout.importers.ref_davis17 import ANNOTATORS
@@ -60,11 +60,9 @@ def score_merged(episodes: Sequence[Episode], folder: Path) -> list[MergedScore]
 def _score(annotator: str, episodes: Sequence[Episode], names: Sequence[str], truth_GTHW: np.ndarray, folder: Path) -> list[MergedScore]:
     labels_THW, failed = _merged(episodes, names, folder)
     predicted = max(int(labels_THW.max(initial=0)), len(truth_GTHW))
-    j_PG, f_PG = np.zeros((2, predicted, len(truth_GTHW)))
-    for p in range(predicted):
-        for g, truth_THW in enumerate(truth_GTHW):
-            predicted_THW = labels_THW == p + 1
-            j_PG[p, g], f_PG[p, g] = np.mean(jaccard(predicted_THW, truth_THW)), np.mean(boundary_f(predicted_THW, truth_THW))
+    pairs = [(p, predicted + g) for p in range(predicted) for g in range(len(truth_GTHW))]
+    scores_TK2 = [jaccard_and_f_of_pairs([*(labels_HW == p + 1 for p in range(predicted)), *truth_GTHW[:, t]], pairs) for t, labels_HW in enumerate(labels_THW)]
+    j_PG, f_PG = np.mean(scores_TK2, axis=0).reshape(predicted, len(truth_GTHW), 2).transpose(2, 0, 1)
     return [MergedScore(annotator, float(j_PG[p, g]), float(f_PG[p, g]), p in failed) for p, g in zip(*linear_sum_assignment(-(j_PG + f_PG) / 2))]
 
 

@@ -13,12 +13,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
 
-from reward_service.measures import intersection_and_union, jaccard_and_f, robustness
+from reward_service.measures import intersection_and_union, jaccard_and_f, jaccard_and_f_of_pairs, robustness
 from rollout.episodes import Annotation, Episode
 from rollout.media import frame_names
 from segmentation_service.video import VideoError, open_video
@@ -103,9 +103,22 @@ def score_video(episodes: list[Episode], folder: Path) -> list[ExpressionScore]:
     for t in sorted({t for e in episodes for t in e.annotated_frames}):
         distinct = {a.counts: a for e in found for a in e.visible[t]}
         foreground_HW = masks.covered(t, list(distinct.values())) > 0 if episodes[0].source == "revos" else None
-        for expression in found:
-            expression.add(t, names[t], masks, foreground_HW)
+        answers: dict[int, list[_Answer]] = defaultdict(list)  # those that the same pixels are true for
+        for answer in filter(None, (expression.answer(t, names[t], masks) for expression in found)):
+            answers[id(answer.counts_HW)].append(answer)
+        for alike in answers.values():
+            for answer, j_and_f in zip(alike, _j_and_f(episodes[0].media, alike)):
+                answer.expression.add(answer, j_and_f, foreground_HW)
     return [expression.score() for expression in found]
+
+
+def _j_and_f(media: str, answers: Sequence[_Answer]) -> Iterable[tuple[float, float]]:
+    """J and F of answers about one frame and the same targets; those about images are measured otherwise."""
+    if media == "image":
+        return [(0.0, 0.0)] * len(answers)
+    if answers[0].void_HW is not None:
+        return [jaccard_and_f(a.predicted_HW, a.counts_HW, a.void_HW) for a in answers]
+    return jaccard_and_f_of_pairs([answers[0].counts_HW, *(a.predicted_HW for a in answers)], [(n, 0) for n, _ in enumerate(answers, 1)])
 
 
 def names_of_frames(episode: Episode) -> tuple[str, ...]:
@@ -137,16 +150,30 @@ class _Masks:
     def __init__(self, episode: Episode) -> None:
         self._episode, self._frame = episode, -1
         self._decoded: dict[str, np.ndarray] = {}
+        self._covered: dict[tuple[str, ...], np.ndarray] = {}
 
     def covered(self, frame: int, annotations: Sequence[Annotation]) -> np.ndarray:
-        """How many of these masks on the frame cover each pixel: uint8 (H, W), modulo 256 as in the evaluators."""
+        """How many of these masks on the frame cover each pixel: uint8 (H, W), modulo 256 as in the evaluators; the same array for the same masks."""
         if frame != self._frame:
-            self._frame, self._decoded = frame, {}
+            self._frame, self._decoded, self._covered = frame, {}, {}
         for a in annotations:
             if a.counts not in self._decoded:
-                self._decoded[a.counts] = self._episode.decoded(a).view(np.uint8)
-        masks = [self._decoded[a.counts] for a in annotations]
-        return sum(masks[1:], masks[0]) if masks else np.zeros((self._episode.height, self._episode.width), np.uint8)
+                columns_WH = self._episode.decoded(a, order="F").T
+                self._decoded[a.counts] = cv2.transpose(columns_WH.view(np.uint8))  # several times as fast as NumPy
+        which = tuple(a.counts for a in annotations)
+        if which not in self._covered:
+            masks = [self._decoded[counts] for counts in which]
+            self._covered[which] = sum(masks[1:], masks[0]) if masks else np.zeros((self._episode.height, self._episode.width), np.uint8)
+        return self._covered[which]
+
+
+class _Answer(NamedTuple):
+    """What an expression's prediction says of a frame, how many true masks cover each pixel, and the pixels that count for nothing (None: there are none)."""
+
+    expression: _Expression
+    predicted_HW: np.ndarray
+    counts_HW: np.ndarray
+    void_HW: np.ndarray | None
 
 
 class _Expression:
@@ -162,9 +189,10 @@ class _Expression:
         self._failure: BrokenPrediction | None = None
         self._missed = 0
 
-    def add(self, t: int, name: str, masks: _Masks, foreground_HW: np.ndarray | None) -> None:
+    def answer(self, t: int, name: str, masks: _Masks) -> _Answer | None:
+        """What it says of a frame. None: the frame is not annotated, or it has failed, now or before."""
         if t not in self._frames or self._failure:
-            return
+            return None
         counts_HW, image = masks.covered(t, self.visible[t]), self._episode.media == "image"
         try:
             if self._beforehand:
@@ -173,14 +201,15 @@ class _Expression:
         except BrokenPrediction as error:
             self._failure = error
             self._missed = intersection_and_union(np.zeros_like(counts_HW), counts_HW, self._episode.ignored(t))[1] if image else 0
-            return
-        if image:
-            self._rows.append((0.0, 0.0, *intersection_and_union(predicted_HW, counts_HW, self._episode.ignored(t))))
-            return
-        void_HW = self._episode.ignored(t) if self._episode.ignore and self._episode.source == OWN else None
-        row = [*jaccard_and_f(predicted_HW, counts_HW, void_HW), 0, 0]
+            return None
+        ignored_HW = self._episode.ignored(t) if image or (self._episode.ignore and self._episode.source == OWN) else None
+        return _Answer(self, predicted_HW, counts_HW, ignored_HW)
+
+    def add(self, answer: _Answer, j_and_f: tuple[float, float], foreground_HW: np.ndarray | None) -> None:
+        predicted_HW, counts_HW = answer.predicted_HW, answer.counts_HW
+        row = [*j_and_f, *(intersection_and_union(predicted_HW, counts_HW, answer.void_HW) if self._episode.media == "image" else (0, 0))]
         if foreground_HW is not None:
-            row.append(((predicted_HW > 0) * np.uint8(255) == counts_HW).mean())
+            row.append(np.count_nonzero((predicted_HW > 0) * np.uint8(255) == counts_HW) / counts_HW.size)
             row += [robustness(predicted_HW, counts_HW, foreground_HW, value) for value in (1, 255)]
         self._rows.append(row)
 

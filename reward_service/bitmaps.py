@@ -1,7 +1,7 @@
-"""Masks packed 64 columns to a word, for fast counts and dilations: numpy arrays `words (..., ceil(W/64), H) uint64`.
+"""Masks packed 64 columns to a word, for fast counts and dilations: numpy arrays of uint64, column x being bit x % 64 of word x // 64.
 
-Column x is bit x % 64 of word x // 64. Rows come last, so that a step to the next word or the next row moves long runs of memory.
-Bits past the width are zero in what `pack` and `boundary` return.
+`pack` returns words (..., H, ceil(W/64)). Boundaries and their dilations are (..., words, rows), so that a step to the next word or the
+next row moves long runs of memory. Bits past the width are zero in what `pack` and `boundary` return.
 """
 
 from math import isqrt
@@ -15,7 +15,7 @@ def pack(masks: np.ndarray) -> np.ndarray:
     missing = -packed.shape[-1] % 8
     if missing:
         packed = np.concatenate([packed, np.zeros((*packed.shape[:-1], missing), np.uint8)], axis=-1)
-    return np.ascontiguousarray(np.ascontiguousarray(packed).view("<u8").swapaxes(-1, -2))
+    return np.ascontiguousarray(packed).view("<u8")
 
 
 def count(words: np.ndarray) -> np.ndarray:
@@ -41,26 +41,31 @@ def widened(words: np.ndarray, by: int) -> np.ndarray:
     return out
 
 
-def boundary(words: np.ndarray, width: int) -> np.ndarray:
-    """Pixels that differ from their east, south or south-east neighbour; the edge of the image repeats its last pixels.
-
-    Only the part of the image that can hold such pixels is returned, the same part for all masks.
-    """
-    last = np.zeros((words.shape[-2], 1), np.uint64)
-    last[(width - 1) // 64] = np.uint64(1) << np.uint64((width - 1) % 64)
-    columns, rows = _occupied(words)
-    words, last = np.ascontiguousarray(words[..., columns, rows]), last[columns]
-    south = np.concatenate([words[..., 1:], words[..., -1:]], axis=-1)
-    return (words ^ south) | (words ^ (east(words) | words & last)) | (words ^ (east(south) | south & last))
-
-
-def _occupied(words: np.ndarray) -> tuple[slice, slice]:
-    """Words and rows with a pixel set, one more of each to the north-west, and a row of zeros to the south if the image has one."""
+def occupied(words: np.ndarray) -> tuple[slice, slice]:
+    """Rows and words in which any mask can have a pixel or a boundary: those with a pixel set, one more of each to the north-west, and a row of
+    zeros to the south if the image has one."""
     used = np.bitwise_or.reduce(words.reshape(-1, *words.shape[-2:]), axis=0)
-    columns, rows = np.flatnonzero(used.any(axis=1)), np.flatnonzero(used.any(axis=0))
+    rows, columns = np.flatnonzero(used.any(axis=1)), np.flatnonzero(used.any(axis=0))
     if not len(rows):
         return slice(1), slice(1)
-    return slice(max(columns[0] - 1, 0), columns[-1] + 1), slice(max(rows[0] - 1, 0), rows[-1] + 2)
+    return slice(max(rows[0] - 1, 0), rows[-1] + 2), slice(max(columns[0] - 1, 0), columns[-1] + 1)
+
+
+def boundary(words: np.ndarray, width: int, where: tuple[slice, slice]) -> np.ndarray:
+    """Pixels that differ from their east, south or south-east neighbour; the edge of the image repeats its last pixels.
+
+    words as `pack` gives them, of images of this width; of them the part `where` (`occupied`) is returned, (..., words, rows).
+    """
+    last = np.zeros((words.shape[-1], 1), np.uint64)
+    last[(width - 1) // 64] = np.uint64(1) << np.uint64((width - 1) % 64)
+    here = np.ascontiguousarray(words[..., *where].swapaxes(-1, -2))
+    there = east(here) | here & last[where[1]]
+    return (here ^ _south(here)) | (here ^ there) | (here ^ _south(there))
+
+
+def _south(words: np.ndarray) -> np.ndarray:
+    """out[row] = in[row + 1]; the last row twice."""
+    return np.concatenate([words[..., 1:], words[..., -1:]], axis=-1)
 
 
 def dilated(words: np.ndarray, radius: int) -> np.ndarray:

@@ -15,6 +15,9 @@ from reward_service import bitmaps
 from segmentation_service import geometry
 
 
+TOLERANCE = 0.008  # within which boundaries match: of the diagonal
+
+
 class JAndF(NamedTuple):
     """Means of J and F, and the mean of the two: 0..1."""
 
@@ -32,7 +35,7 @@ def jaccard(predicted, annotated, void=None):
     return _shaped(_jaccard(pair), shape)
 
 
-def boundary_f(predicted, annotated, void=None, tolerance: float = 0.008):
+def boundary_f(predicted, annotated, void=None, tolerance: float = TOLERANCE):
     """F = 2PR / (P + R) of the boundary pixels, each matched within a disk. Equal to `db_eval_boundary` of the DAVIS 2017 evaluator.
 
     A pixel is boundary when it differs from its east, south or south-east neighbour (the image edge repeats its last
@@ -47,7 +50,23 @@ def boundary_f(predicted, annotated, void=None, tolerance: float = 0.008):
 def jaccard_and_f(predicted, annotated, void=None):
     """(`jaccard`, `boundary_f`) of the same masks, faster than one after the other."""
     pair, shape, hw = _packed_pair(predicted, annotated, void)
-    return _shaped(_jaccard(pair), shape), _shaped(_boundary_f(pair, hw, 0.008), shape)
+    return _shaped(_jaccard(pair), shape), _shaped(_boundary_f(pair, hw, TOLERANCE), shape)
+
+
+def jaccard_and_f_of_pairs(masks: Sequence, pairs: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
+    """(`jaccard`, `boundary_f`) of pairs (predicted, annotated) of masks (H, W), each pair being two numbers of `masks`: of several answers about a frame and
+    several truths, what is needed of a mask is computed once. Raises ValueError as `jaccard` does."""
+    arrays = [np.asarray(mask) for mask in masks]
+    if wrong := [a.shape for a in arrays if a.shape != arrays[0].shape or a.ndim != 2 or not a.size]:
+        raise ValueError(f"the masks must have equal (H, W) shapes, with pixels; got {arrays[0].shape} and {wrong[0]}")
+    if not pairs:
+        return []
+    words = np.stack([_packed(mask) for mask in arrays])
+    where, (predicted, annotated) = bitmaps.occupied(words), np.array(pairs).T
+    inside = words[:, *where]
+    j = _jaccard((inside[predicted], inside[annotated]))
+    f = _f_of_edges(bitmaps.boundary(words, arrays[0].shape[1], where), predicted, annotated, _radius(TOLERANCE, *arrays[0].shape))
+    return list(zip(j.tolist(), f))
 
 
 def j_and_f(predicted, annotated, void=None) -> JAndF:
@@ -108,10 +127,13 @@ def robustness(predicted, annotated, foreground, prediction_value: int = 255):
     predicted, annotated, foreground = np.asarray(predicted), np.asarray(annotated), np.asarray(foreground)
     if not predicted.shape == annotated.shape == foreground.shape or predicted.ndim < 2:
         raise ValueError(f"predicted {predicted.shape}, annotated {annotated.shape} and foreground {foreground.shape} must be equal (..., H, W) shapes")
-    value = predicted.astype(bool).astype(np.uint8) * np.uint8(prediction_value)
-    wrong = ((np.uint8(1) - annotated.astype(np.uint8)) * value).sum(axis=(-2, -1), dtype=np.int64)
-    r = np.maximum(1 - wrong / (foreground.astype(np.uint8).sum(axis=(-2, -1), dtype=np.int64) + 1e-6), 0.0)
-    return _shaped(r, predicted.shape[:-2])
+    predicted, annotated = predicted.astype(bool, copy=False), annotated.astype(np.uint8, copy=False)
+    if annotated.max(initial=0) <= 1:  # then the arithmetic is a count, which is faster
+        wrong = prediction_value * _pixels(predicted > annotated.astype(bool))
+    else:
+        wrong = ((np.uint8(1) - annotated) * (predicted.astype(np.uint8) * np.uint8(prediction_value))).sum(axis=(-2, -1), dtype=np.int64)
+    all_pixels = _pixels(foreground) if foreground.dtype == bool else foreground.astype(np.uint8).sum(axis=(-2, -1), dtype=np.int64)
+    return _shaped(np.maximum(1 - wrong / (all_pixels + 1e-6), 0.0), predicted.shape[:-2])
 
 
 def box_accuracy(predicted: Sequence, true: Sequence[Optional[Sequence[float]]], threshold: float = 0.5) -> float:
@@ -148,16 +170,20 @@ def _jaccard(pair) -> np.ndarray:
 def _boundary_f(pair, hw: tuple[int, int], tolerance: float) -> np.ndarray:
     radius, pairs = _radius(tolerance, *hw), pair.reshape(2, -1, *pair.shape[-2:])
     # One frame at a time stays in the processor's cache, and far from the boundaries there is nothing to match.
-    f = [_f_of_edges(bitmaps.boundary(pairs[:, i], hw[1]), radius) for i in range(pairs.shape[1])]
+    f = [_f_of_edges(bitmaps.boundary(both, hw[1], bitmaps.occupied(both)), [0], [1], radius)[0] for both in pairs.swapaxes(0, 1)]
     return np.array(f, dtype=np.float64).reshape(pair.shape[1:-2])
 
 
-def _f_of_edges(edges, radius: int) -> float:
-    n_predicted, n_annotated = bitmaps.count(edges).tolist()
-    if n_predicted == 0 or n_annotated == 0:
+def _f_of_edges(edges: np.ndarray, predicted: Sequence[int], annotated: Sequence[int], radius: int) -> list[float]:
+    """F of pairs of these boundaries (N, words, rows)."""
+    near, pixels = bitmaps.dilated(edges, radius), bitmaps.count(edges).tolist()
+    matched = (bitmaps.count(edges[mine] & near[others]).tolist() for mine, others in ((predicted, annotated), (annotated, predicted)))
+    return [_f(*both, pixels[p], pixels[a]) for *both, p, a in zip(*matched, predicted, annotated)]
+
+
+def _f(matched_predicted: int, matched_annotated: int, n_predicted: int, n_annotated: int) -> float:
+    if not (n_predicted and n_annotated):
         return float(n_predicted == n_annotated)
-    near = bitmaps.dilated(edges, radius)
-    matched_predicted, matched_annotated = bitmaps.count(edges & near[::-1]).tolist()
     precision, recall = matched_predicted / n_predicted, matched_annotated / n_annotated
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
@@ -173,13 +199,21 @@ def _packed_pair(predicted, annotated, void):
     predicted, annotated = np.asarray(predicted), np.asarray(annotated)
     if predicted.shape != annotated.shape or predicted.ndim < 2 or 0 in predicted.shape[-2:]:
         raise ValueError(f"predicted {predicted.shape} and annotated {annotated.shape} must be equal (..., H, W) shapes")
-    pair = np.stack([bitmaps.pack(m if m.dtype == np.uint8 else m.astype(bool, copy=False)) for m in (predicted, annotated)])
+    pair = np.stack([_packed(predicted), _packed(annotated)])
     if void is not None:
         void = np.asarray(void)
         if void.shape != annotated.shape:
             raise ValueError(f"void {void.shape} must have the shape of the masks, {annotated.shape}")
         pair &= ~bitmaps.pack(void.astype(bool, copy=False))
     return pair, predicted.shape[:-2], predicted.shape[-2:]
+
+
+def _pixels(masks: np.ndarray):
+    return np.count_nonzero(masks, axis=(-2, -1) if masks.ndim > 2 else None)  # NumPy is much faster without an axis
+
+
+def _packed(mask: np.ndarray) -> np.ndarray:
+    return bitmaps.pack(mask if mask.dtype == np.uint8 else mask.astype(bool, copy=False))
 
 
 def _shaped(values, shape):

@@ -132,9 +132,9 @@ class Episode:
         masks = [self.decoded(a) for a in self.visible(frame)]
         return np.stack(masks) if masks else np.zeros((0, self.height, self.width), bool)
 
-    def decoded(self, mask: Annotation | IgnoreMask) -> np.ndarray:
-        """The mask of one of the episode's annotations: bool (H, W)."""
-        return decode_rle({"size": [self.height, self.width], "counts": mask.counts})
+    def decoded(self, mask: Annotation | IgnoreMask, order: str = "C") -> np.ndarray:
+        """The mask of one of the episode's annotations: bool (H, W), in memory as `decode_rle` says."""
+        return decode_rle({"size": [self.height, self.width], "counts": mask.counts}, order)
 
     def ignored(self, frame: int) -> np.ndarray:
         """Pixels of this frame that count neither for nor against an answer: bool (H, W)."""

@@ -21,10 +21,11 @@ def encode_rle(mask_HW) -> dict:
     return {"size": [int(rle["size"][0]), int(rle["size"][1])], "counts": rle["counts"].decode("ascii")}
 
 
-def decode_rle(rle) -> np.ndarray:
+def decode_rle(rle, order: str = "C") -> np.ndarray:
     """Decode COCO RLE, compressed (``counts`` str or bytes) or not (list of ints), into a bool mask ``(H, W)``.
 
-    rle: a dictionary, or an object with ``size`` and ``counts`` such as the service's `Rle`. Raises ValueError where it is no RLE, or its runs do not add up to H * W.
+    rle: a dictionary, or an object with ``size`` and ``counts`` such as the service's `Rle`. order: of the pixels in memory, rows ("C") or columns ("F")
+    one after the other; runs are of columns, so "F" copies nothing. Raises ValueError where it is no RLE, or its runs do not add up to H * W.
     """
     try:
         size, counts = (rle.size, rle.counts) if hasattr(rle, "counts") else (rle["size"], rle["counts"])
@@ -40,7 +41,7 @@ def decode_rle(rle) -> np.ndarray:
     if not sound or runs.sum() != pixels:
         raise ValueError(f"the runs of the mask add up to {sum(map(int, said))} pixels, its size {height}x{width} needs {pixels}" + ("" if sound else ", and one is negative or too long"))
     inside = np.arange(len(runs)) % 2 == 1  # runs go down the columns, the first one outside
-    return np.ascontiguousarray(np.repeat(inside, runs).reshape(width, height).T)
+    return np.asarray(np.repeat(inside, runs).reshape(width, height).T, order=order)
 
 
 def mask_to_box(mask_HW) -> list[int] | None:

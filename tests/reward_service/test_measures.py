@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward_service import bitmaps
-from reward_service.measures import boundary_f, box_accuracy, ciou, giou, intersection_and_union, j_and_f, jaccard, point_accuracy, robustness
+from reward_service.measures import boundary_f, box_accuracy, ciou, giou, intersection_and_union, j_and_f, jaccard, jaccard_and_f_of_pairs, point_accuracy, robustness
 
 KINDS = ("empty", "full", "one pixel", "corner pixel", "noise", "touches the border", "several objects", "ring")
 
@@ -55,6 +55,24 @@ def test_j_and_f_are_the_davis_evaluators(masks, tolerance):
     assert boundary_f(predicted, annotated, void, tolerance) == pytest.approx(plain_measures.boundary_f(predicted, annotated, void, tolerance), abs=1e-12)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 150), st.lists(st.sampled_from(KINDS), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
+def test_j_and_f_of_pairs_are_those_of_each_pair(height, width, kinds, seed):
+    rng = np.random.default_rng(seed)
+    masks = [mask_of(kind, (height, width), rng) for kind in kinds]
+    masks[0] = masks[0].astype(np.uint8) * np.uint8(3)
+    pairs = [tuple(pair) for pair in rng.integers(len(masks), size=(6, 2)).tolist()]
+    expected = [(plain_measures.jaccard(masks[p], masks[a]), plain_measures.boundary_f(masks[p], masks[a])) for p, a in pairs]
+    np.testing.assert_allclose(jaccard_and_f_of_pairs(masks, pairs), expected, atol=1e-12)
+
+
+def test_pairs_are_of_masks_of_one_shape():
+    assert jaccard_and_f_of_pairs([], []) == [] == jaccard_and_f_of_pairs([np.ones((2, 3))], [])
+    for wrong in ([np.ones((2, 3)), np.ones((3, 2))], [np.ones((1, 2, 3))], [np.ones((0, 3))]):
+        with pytest.raises(ValueError, match="equal .H, W. shapes"):
+            jaccard_and_f_of_pairs(wrong, [(0, 0)])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_j_and_f_at_480p(kind):
     rng = np.random.default_rng(KINDS.index(kind))
@@ -70,7 +88,7 @@ def test_every_pixel_of_the_disk(radius):
     for y, x in ((0, 0), (3, 129), (59, 1), (58, 126)):
         mask = np.zeros((60, 130), bool)
         mask[y, x] = True
-        dilated = bitmaps.dilated(bitmaps.pack(mask), radius)
+        dilated = bitmaps.dilated(bitmaps.pack(mask).T, radius)
         found = np.unpackbits(np.ascontiguousarray(dilated.T).view(np.uint8), axis=-1, bitorder="little")[:, :130]
         yy, xx = np.mgrid[:60, :130]
         assert (found == ((yy - y) ** 2 + (xx - x) ** 2 <= radius**2)).all()

@@ -21,7 +21,8 @@ any_mask = hnp.arrays(bool, st.tuples(st.integers(1, 40), st.integers(1, 40)))
 def test_rle_round_trip_through_json(mask):
     rle = json.loads(json.dumps(masks.encode_rle(mask)))
     assert rle["size"] == list(mask.shape)
-    decoded = masks.decode_rle(rle)
+    decoded, by_columns = masks.decode_rle(rle), masks.decode_rle(rle, order="F")
+    assert (decoded == by_columns).all() and decoded.flags.c_contiguous and by_columns.flags.f_contiguous
     assert decoded.dtype == bool and decoded.flags.c_contiguous
     assert (decoded == mask).all()
     assert int(coco.area({"size": rle["size"], "counts": rle["counts"].encode()})) == mask.sum()
