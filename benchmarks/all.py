@@ -1,10 +1,9 @@
 """Every benchmark that this machine can run, one after the other, at sizes such that two cores need less than an hour for all. JSON.
 
-    videoseg bench all --json OUT [--records docs]
+    videoseg bench all --json OUT        (docs/bench-all.json is what docs/performance.md has its figures from)
 
 OUT is written after each one, and the same command goes on with what is missing in it, also what failed, while the code is of the same git commit; `--fresh` starts over. One
-that fails, or takes several times its usual time, does not stop the others; the exit status is 1 then. With `--records` each record also goes to the file of that folder from
-which docs/performance.md has its figures. OUT has of each {"command", "seconds", and "record", "failed" or "left_out"} by name.
+that fails, or takes several times its usual time, does not stop the others; the exit status is 1 then. OUT has of each {"command", "seconds", and "record", "failed" or "left_out"} by name.
 """
 
 from __future__ import annotations
@@ -31,41 +30,40 @@ HERE = Path(__file__).resolve().parent
 
 
 class Benchmark(NamedTuple):
-    """minutes: what it usually takes on two cores. file: where docs/performance.md has its figures from. prints: its JSON comes on the screen, for it has no `--json`."""
+    """minutes: what it usually takes on two cores. prints: its JSON comes on the screen, for it has no `--json`."""
 
     name: str
     command: str
     minutes: float
-    file: str | None = None
     prints: bool = False
 
 
 BENCHMARKS = [
-    Benchmark("measures", "measures.py", 0.2, "measures-benchmark.json"),
-    Benchmark("reward_growth", "reward_growth.py --rounds 2 --largest 262144", 0.8, "reward-growth.json"),
-    Benchmark("reward_throughput", "reward_throughput.py --batch 1 64 --seconds 3", 1.5, prints=True),
-    Benchmark("video_reward", "video_reward.py --rounds 5", 0.4, prints=True),
-    Benchmark("openmp_waiting", "openmp_waiting.py --rounds 9", 0.4, "openmp-waiting.json"),
-    Benchmark("learning", "learning.py --rounds 2", 2, "learner-benchmark.json"),
-    Benchmark("decoding", "decoding.py --rounds 2 --reads 500", 2, "decoding-benchmark.json"),
-    Benchmark("evaluation", "evaluation.py --rounds 1 --videos 6", 4, "evaluation-benchmark.json"),
-    Benchmark("pipeline", "pipeline.py --rounds 1", 2, "pipeline-benchmark.json"),
-    Benchmark("simulator", "simulator.py --rounds 1", 2, "simulator-benchmark.json"),
-    Benchmark("serve_kill", "serve_kill.py --requests 300 --clients 100", 1, prints=True),
-    Benchmark("segmentation", "segmentation.py --rounds 2 --only xmem hypotheses sam2 length --threads 2", 9, "segmentation-benchmark.json"),
-    Benchmark("scaling", "scaling.py --rounds 2", 3, "scaling-benchmark.json"),
-    Benchmark("generation", "generation.py --rounds 2", 1.5, "generation-benchmark.json"),
-    Benchmark("generation_small", "generation.py --size small --prompts 2 --rounds 2", 3, "generation-small-benchmark.json"),
-    Benchmark("weight_sync", "weight_sync.py --rounds 3", 1, "weight-sync-benchmark.json"),
-    Benchmark("weight_sync_small", "weight_sync.py --size small --rounds 3", 1.5, "weight-sync-small-benchmark.json"),
-    Benchmark("start_up", "start_up.py --rounds 2", 3, "start-up.json"),
-    Benchmark("limits", "limits.py --steps 5", 4, "limits-benchmark.json"),
-    Benchmark("one_gpu", "gpu/one_gpu.py --device cpu --size toy --steps 8 --minutes 4", 3),
-    Benchmark("whole_loop", "whole_loop.py --rounds 1 --steps 15 --warm-up 5", 3.5, "whole-loop-benchmark.json"),
-    Benchmark("whole_loop_small", "whole_loop.py --size small --rounds 1 --steps 3 --warm-up 1 --ours ours", 6, "whole-loop-small-benchmark.json"),
-    Benchmark("time_to_reward", "time_to_reward.py --prompts 8 --steps 40 --every 10 --episodes 128 --reward 5.9 --ours ours", 5, "time-to-reward.json"),
-    Benchmark("fuzz_rewards", "fuzz_rewards.py --seconds 45", 0.9),
-    Benchmark("reader", "reader.py --rounds 2 --peer-python PEER", 10, "reader-benchmark.json"),
+    Benchmark("measures", "measures.py", 0.2),
+    Benchmark("reward_growth", "reward_growth.py --rounds 2 --largest 262144", 0.8),
+    Benchmark("reward_throughput", "reward_throughput.py --batch 1 64 --seconds 3", 1.3, prints=True),
+    Benchmark("video_reward", "video_reward.py --rounds 5", 0.2, prints=True),
+    Benchmark("openmp_waiting", "openmp_waiting.py --rounds 9", 1),
+    Benchmark("learning", "learning.py --rounds 1", 2),
+    Benchmark("decoding", "decoding.py --rounds 2 --reads 300", 1.9),
+    Benchmark("evaluation", "evaluation.py --rounds 1 --videos 4 --frames 50", 2.6),
+    Benchmark("pipeline", "pipeline.py --rounds 1", 2.2),
+    Benchmark("simulator", "simulator.py --rounds 1", 1.7),
+    Benchmark("serve_kill", "serve_kill.py --requests 200 --clients 100", 1, prints=True),
+    Benchmark("segmentation", "segmentation.py --rounds 1 --only xmem hypotheses sam2 length --threads 2", 10),
+    Benchmark("scaling", "scaling.py --rounds 1", 2),
+    Benchmark("generation", "generation.py --rounds 6", 2.6),
+    Benchmark("generation_small", "generation.py --size small --prompts 2 --rounds 4", 3.8),
+    Benchmark("weight_sync", "weight_sync.py --rounds 3", 1),
+    Benchmark("weight_sync_small", "weight_sync.py --size small --rounds 2", 1.4),
+    Benchmark("start_up", "start_up.py --rounds 1", 1.8),
+    Benchmark("limits", "limits.py --steps 4", 3.5),
+    Benchmark("one_gpu", "gpu/one_gpu.py --device cpu --size toy --steps 8 --minutes 4", 2.4),
+    Benchmark("whole_loop", "whole_loop.py --rounds 1 --steps 10 --warm-up 5", 5),
+    Benchmark("whole_loop_small", "whole_loop.py --size small --rounds 1 --steps 2 --warm-up 1 --ours ours", 4.8),
+    Benchmark("time_to_reward", "time_to_reward.py --prompts 8 --steps 20 --every 5 --episodes 64 --reward 5.9 --ours ours", 4.5),
+    Benchmark("fuzz_rewards", "fuzz_rewards.py --seconds 45", 0.8),
+    Benchmark("reader", "reader.py --rounds 1 --peer-python PEER", 1.5),
 ]
 """Short ones first. At their default arguments `segmentation` alone takes 20 minutes, `whole_loop` as long, `fuzz_rewards` 10."""
 SLOW, LEAST = 4, 10
@@ -129,27 +127,6 @@ def _end(process: subprocess.Popen) -> None:
             break
 
 
-def lacking(record: dict, file: str) -> list[str]:
-    """The figures that docs/performance.md takes from this file and that the record has not: a peer may not be installed."""
-    sys.path.insert(0, str(HERE.parent / "docs/hooks"))
-    import pages
-
-    missing = []
-    for what, place, _ in pages.RECORDS.get(file, []):
-        try:
-            pages._found(record, place)
-        except (LookupError, TypeError):
-            missing.append(what)
-    return missing
-
-
-def write_record(record: dict, file: Path) -> None:
-    if missing := lacking(record, file.name):
-        say(f"{file} stays as it is: the new record lacks {', '.join(missing)}")
-    else:
-        publish(record, file)
-
-
 def say(text: str) -> None:
     print(f"=== {text}", file=sys.stderr, flush=True)
 
@@ -158,7 +135,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="file to write, or to go on with")
     parser.add_argument("--fresh", action="store_true", help="start over, whatever the file has")
-    parser.add_argument("--records", type=Path, metavar="FOLDER", help="also write each record to the file that docs/performance.md has its figures from, in this folder")
     parser.add_argument("--peer-python", metavar="PEER", help="Python of an environment with datasets, for `reader`")
     args = parser.parse_args(arguments)
     code, found = commit(), {}
@@ -185,9 +161,6 @@ def main(arguments: list[str] | None = None) -> int:
             say(f"{benchmark.name}: {result['seconds']} s" + (f"; {result['failed']}" if "failed" in result else ""))
         found[benchmark.name] = result
         publish(record, args.json)
-    for benchmark in BENCHMARKS if args.records else ():
-        if benchmark.file and "record" in found[benchmark.name]:
-            write_record(found[benchmark.name]["record"], args.records / benchmark.file)
     failed = [name for name, result in found.items() if "failed" in result]
     say(f"{(time.monotonic() - start) / 60:.1f} minutes; " + (f"failed: {', '.join(failed)}" if failed else "none failed"))
     return int(bool(failed))

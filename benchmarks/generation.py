@@ -1,7 +1,7 @@
 """What our layer costs: the rollout engine as the loop asks it (a Ray actor, group by group, with log-probs) against vLLM alone, without Ray. JSON, and a table.
 
-    videoseg bench generation --json docs/generation-benchmark.json
-    videoseg bench generation --size small --prompts 2 --json docs/generation-small-benchmark.json
+    videoseg bench generation --json OUT
+    videoseg bench generation --size small --prompts 2 --json OUT
 
     AsyncLLM    what our engine is made of, so that the difference is our layer: its core is a process beside the one that asks
     LLM         `vllm.LLM.generate`, engine and requests in one process, which is fastest where there is little to compute

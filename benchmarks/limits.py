@@ -1,6 +1,6 @@
 """How far each stage of a synchronous step is from what the machine can do: matrix products, bytes of weights and KV read, bytes copied. JSON, and a table on the screen.
 
-    videoseg bench limits --json docs/limits-benchmark.json
+    videoseg bench limits --json OUT
 
 `videoseg train` runs for some steps; what each stage took is in its metrics and timeline. What it needs at least is counted: operations of the learner as it counts them
 itself (learner/flops.py), of SAM2 by torch's counter; of the engine, for each decoding step, the weights and the KV of all sequences read once, and the operations of

@@ -1,6 +1,6 @@
 """How the stages of a step grow with what is asked of them, each size doubled alone: real parts, toy models. JSON, and a table on the screen.
 
-    videoseg bench scaling --json docs/scaling-benchmark.json
+    videoseg bench scaling --json OUT
 
     completions  of a group           frames   of the video
     objects      that are asked for   shown    frames of the prompt, beside the target frame

@@ -1,6 +1,6 @@
 """From the command to the first answers and the first update: `videoseg train debug` of one step, with empty caches and with those that the start before it filled, in turns. JSON, and a table on the screen.
 
-    videoseg bench start_up --json docs/start-up.json
+    videoseg bench start_up --json OUT
 
 A round is a first start, for which the caches of vLLM, PyTorch, Triton and whatever keeps one in ~/.cache are new folders, and a second one with the same folders. Python's compiled
 modules are there in both, as pip leaves them. When what was done comes from the run's timeline (`cluster.timeline`), from vLLM's log, and from when processes began; each line of PATH

@@ -1,6 +1,6 @@
 """How long until a held-out reward is reached, ours and TRL's `GRPOTrainer`: the debug recipe on both sides. JSON, and a line on the screen.
 
-    videoseg bench time_to_reward --json docs/time-to-reward.json
+    videoseg bench time_to_reward --json OUT
 
 Both begin from the toy policy and train on the same prompts with the same rewards, group size, KL, learning rate and its schedule (peers/trl_loop.py), one after the other in turns, each with
 the machine to itself. Every so many steps each answers the same held-out episodes greedily, and the same code scores the answers: that time does not count, nor does start-up. What

@@ -1,7 +1,7 @@
 """Weights from the learner to an engine on CPUs: bytes a second against a plain copy in memory, and the time from the last gradient to the first new token. JSON, and a table.
 
-    videoseg bench weight_sync --json docs/weight-sync-benchmark.json
-    videoseg bench weight_sync --size small --json docs/weight-sync-small-benchmark.json
+    videoseg bench weight_sync --json OUT
+    videoseg bench weight_sync --size small --json OUT
 
 A real learner and a real engine, as a run starts them. In each round the engine answers a prompt, the learner makes an update of it, `cluster.weight_sync` gives the weights to the
 engine, which then is asked for one token; and the same number of bytes is copied by NumPy. Of a sync:

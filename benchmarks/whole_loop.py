@@ -1,6 +1,6 @@
 """The whole loop against TRL's `GRPOTrainer`: the same policy, prompts, pictures, rewards (SAM2's masks among them), group size and update. JSON, and a line on the screen.
 
-    videoseg bench whole_loop --json docs/whole-loop-benchmark.json
+    videoseg bench whole_loop --json OUT
 
 Both sides train the toy policy for some steps, one after the other in turns, each in processes of its own with the machine to itself; start-up and the first steps do
 not count. TRL generates with transformers (its vLLM mode fails on the CPU build of vLLM, whose weights are packed); its reward function calls our scoring and SAM2 in

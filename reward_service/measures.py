@@ -14,7 +14,6 @@ import numpy as np
 from reward_service import bitmaps
 from segmentation_service import geometry
 
-
 TOLERANCE = 0.008  # within which boundaries match: of the diagonal
 
 
@@ -176,7 +175,8 @@ def _boundary_f(pair, hw: tuple[int, int], tolerance: float) -> np.ndarray:
 
 def _f_of_edges(edges: np.ndarray, predicted: Sequence[int], annotated: Sequence[int], radius: int) -> list[float]:
     """F of pairs of these boundaries (N, words, rows)."""
-    near, pixels = bitmaps.dilated(edges, radius), bitmaps.count(edges).tolist()
+    pixels = bitmaps.count(edges).tolist()
+    near = bitmaps.dilated(edges, radius) if any(pixels[p] and pixels[a] for p, a in zip(predicted, annotated)) else edges  # which then match nothing either
     matched = (bitmaps.count(edges[mine] & near[others]).tolist() for mine, others in ((predicted, annotated), (annotated, predicted)))
     return [_f(*both, pixels[p], pixels[a]) for *both, p, a in zip(*matched, predicted, annotated)]
 

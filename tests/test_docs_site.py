@@ -21,6 +21,9 @@ from cluster.errors import OUR_PACKAGES
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
+sys.path.append(str(DOCS / "hooks"))
+
+import figures
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +139,23 @@ def test_troubleshooting_has_the_likely_errors():
     assert len(quoted_messages()) >= 25 and text.count("\n### ") == len(quoted_messages())
 
 
-def test_the_figures_are_those_of_the_records(site):
+def test_the_figures_are_those_of_the_run_of_all_benchmarks(site):
+    page, run = (DOCS / "performance.md").read_text(), json.loads((DOCS / "bench-all.json").read_text())
+    assert figures.with_figures(page, run) == page, "python docs/hooks/figures.py"
+    for comment in ("the run", "targets", *(f"figures of {name}" for name in figures.FIGURES)):
+        assert page.count(f"<!-- {comment} -->") == 1
     text = " ".join(words(site / "performance.html").split())
-    assert "figures of" not in text and text.count("medians, and least to most") == 20
-    recorded = json.loads((DOCS / "learner-benchmark.json").read_text())["packing"]["padded_over_packed"]
-    assert f"{recorded['median']:.3g} ({recorded['min']:.3g} to {recorded['max']:.3g}) times as fast" in text
+    assert text.count("medians, and least to most") == len(figures.FIGURES) == 20
+    recorded = run["benchmarks"]["learning"]["record"]["packing"]["padded_over_packed"]
+    assert f"shared prompts without padding against padded rows of one completion {recorded['median']:.3g} " in text
+
+
+def test_a_figure_that_changes_changes_its_table_and_what_holds():
+    page, run = (DOCS / "performance.md").read_text(), json.loads((DOCS / "bench-all.json").read_text())
+    run["benchmarks"]["whole_loop_small"]["record"]["times_as_fast_as_trl"]["ours"] = {"median": 2.96, "min": 2.5, "max": 3.25}
+    made = figures.with_figures(page, run)
+    assert made.count("2.96 (2.5 to 3.25)") == 2 and "| at least 3 times as fast | 2.96 (2.5 to 3.25) | **does not hold** |" in made
+    assert figures.with_figures(made, json.loads((DOCS / "bench-all.json").read_text())) == page
+    del run["benchmarks"]["whole_loop_small"]["record"]["times_as_fast_as_trl"]
+    with pytest.raises(LookupError):
+        figures.with_figures(page, run)

@@ -27,8 +27,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    markdown = NAMED_BY_FILE.sub(lambda link: f"[{_title(files, link[1])}]({link[1]}{link[2]})", OUTSIDE.sub(r"](files/\1)", markdown))
-    return pages.with_figures(markdown)
+    return NAMED_BY_FILE.sub(lambda link: f"[{_title(files, link[1])}]({link[1]}{link[2]})", OUTSIDE.sub(r"](files/\1)", markdown))
 
 
 def _title(files: Files, name: str) -> str:
