@@ -1,6 +1,6 @@
 """The tables of docs/performance.md, from docs/bench-all.json: rewrites what stands between the page's `figures` comments.
 
-    videoseg bench all --json docs/bench-all.json --fresh && python docs/hooks/figures.py
+    python docs/hooks/figures.py        after `videoseg bench all --json docs/bench-all.json --peer-python PEER/bin/python`, with decord
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,10 @@ def _figure(value: Any) -> str:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    made = with_figures(PAGE.read_text(), json.loads(BENCHMARKS.read_text()))
+    try:
+        made = with_figures(PAGE.read_text(), json.loads(BENCHMARKS.read_text()))
+    except LookupError as missing:
+        sys.exit(f"{BENCHMARKS.name} has no {missing}, which a table needs: run its benchmark again, with what it compares with (`videoseg bench all --help`)")
     partial = PAGE.with_suffix(".partial")
     partial.write_text(made)
     partial.replace(PAGE)
