@@ -31,6 +31,7 @@ from cluster.benchmark_scores import score_predictions
 from rollout.episodes import read_episodes
 from rollout.importers.driver import import_data
 from rollout.importers.ref_davis17 import ANNOTATORS
+from segmentation_service.masks import encode_rle
 
 HW, OBJECTS = (480, 854), 3
 EXPRESSIONS = ([0], [1], [2], [0, 1], [0, 1, 2], [0], [1], [0, 1])
@@ -50,20 +51,20 @@ def tracks(videos: int, frames: int) -> Videos:
 def write_frames(folder: Path, frames: int) -> list[str]:
     """Grey ones; returns their names."""
     folder.mkdir(parents=True)
-    for t in range(frames):
-        Image.fromarray(np.full((*HW, 3), 90, np.uint8)).save(folder / f"{t:05d}.jpg")
-    return [f"{t:05d}" for t in range(frames)]
+    names, grey = [f"{t:05d}" for t in range(frames)], Image.fromarray(np.full((*HW, 3), 90, np.uint8))
+    for name in names:
+        grey.save(folder / f"{name}.jpg")
+    return names
 
 
 def write_rle_source(root: Path, videos: Videos, revos: bool) -> None:
     """A split of MeViS or of ReVOS: run-length masks of objects by number, and expressions."""
     place = root if revos else root / SPLITS["mevis"]
-    rle = lambda mask: {"size": list(HW), "counts": coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()}
     meta, masks, foreground = {}, {}, {}
     for v, (name, objects_NTHW) in enumerate(videos.items()):
         names, ids = write_frames(place / "JPEGImages" / name, objects_NTHW.shape[1]), [OBJECTS * v + n for n in range(OBJECTS)]
-        masks |= {str(number): [rle(mask) for mask in track] for number, track in zip(ids, objects_NTHW)}
-        foreground[name] = {"masks_rle": [rle(mask) for mask in objects_NTHW.any(0)]}
+        masks |= {str(number): [encode_rle(mask) for mask in track] for number, track in zip(ids, objects_NTHW)}
+        foreground[name] = {"masks_rle": [encode_rle(mask) for mask in objects_NTHW.any(0)]}
         queries = {str(n): {"exp": f"query {n}", "obj_id": objects, "anno_id": [ids[o] for o in objects], "type_id": n % 2} for n, objects in enumerate(EXPRESSIONS)}
         meta[name] = {"vid_id": v, "height": HW[0], "width": HW[1], "frames": names, "expressions": queries}
     files = {"meta_expressions_valid_.json" if revos else "meta_expressions.json": {"videos": meta}, "mask_dict.json": masks} | ({"mask_dict_foreground.json": foreground} if revos else {})
@@ -100,7 +101,7 @@ def write_predictions(data: Path, folder: Path) -> int:
         place = folder / episode.video_id / episode.expression_id
         place.mkdir(parents=True)
         for t in range(episode.num_frames):
-            said_HW = np.roll(episode.masks(t).any(0), (3, 5), (0, 1)) if len(episode.masks(t)) else np.zeros(HW, bool)
+            said_HW = np.roll(episode.masks(t).any(0), (3, 5), (0, 1))
             Image.fromarray(said_HW.astype(np.uint8) * np.uint8(255)).save(place / f"{t:05d}.png")
     return n
 
